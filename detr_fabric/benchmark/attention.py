@@ -1,0 +1,210 @@
+"""Attention measured, forward and backward: ours beside explicit softmax, PyTorch's kernel and the entmax package.
+
+    python -m detr_fabric.benchmark.attention [--quick]
+
+What is timed is the attention of projected heads, queries (B, 8, T, 32) to keys and values (B, 8, S, 32) under a
+padding mask, without the linear layers around it: they are the same for all and would hide differences. On a GPU q, k
+and v are bfloat16, as under autocast, and whole encoder layers are timed too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from detr_fabric.config import Mapping
+from detr_fabric.model.attention import Attention
+from detr_fabric.model.transformer import EncoderLayer
+
+WIDTH, HEADS = 256, 8
+SHAPES = {  # queries and keys: the 25 x 38 tokens of an 800 x 1216 image, 100 object queries, and a long image
+    "encoder 950x950": (950, 950),
+    "cross 100x950": (100, 950),
+    "self 100x100": (100, 100),
+    "encoder 1400x1400": (1400, 1400),
+}
+OURS: dict[str, tuple[Mapping, float]] = {
+    "softmax": ("softmax", 1.5),
+    "sparsemax": ("sparsemax", 1.5),
+    "entmax15": ("entmax15", 1.5),
+    "entmax 1.25": ("entmax", 1.25),
+    "entmax learned": ("entmax-learned", 1.5),
+}
+BASES = ("explicit softmax", "layer: softmax")
+
+Call = Callable[[], Any]
+Row = dict[str, Any]  # shape, name, device, threads, compiled, ms, ratio (to one of BASES, eager), peak_mb
+
+
+def _explicit(mapping: Callable[[Tensor], Tensor], padding: Tensor) -> Callable[..., Tensor]:
+    """The textbook's attention."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return mapping(scores.float().masked_fill(padding[:, None, None, :], -math.inf)).to(v.dtype) @ v
+
+    return attend
+
+
+def _ours(mapping: Mapping, alpha: float, padding: Tensor) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    module = Attention(WIDTH, HEADS, mapping, alpha).to(padding.device)
+    learned: list[Tensor] = [value for name, value in module.named_parameters() if name == "alpha_logit"]
+    return lambda q, k, v: module.attend(q, k, v, padding), learned
+
+
+def _contenders(padding: Tensor) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    """Functions of q, k and v with the parameters that they learn. padding: (B, S) bool."""
+    allowed = ~padding[:, None, None, :]
+    every: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+        "explicit softmax": (_explicit(lambda scores: scores.softmax(-1), padding), []),
+        "SDPA": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, allowed), []),
+    }
+    for name, (mapping, alpha) in OURS.items():
+        every[f"ours: {name}"] = _ours(mapping, alpha, padding)
+    try:
+        import entmax
+    except ImportError:
+        print("The entmax package is not installed: its rows are left out.")
+    else:
+        every["package: sparsemax"] = (_explicit(entmax.sparsemax, padding), [])
+        every["package: entmax15"] = (_explicit(entmax.entmax15, padding), [])
+        every["package: entmax 1.25"] = (_explicit(lambda x: entmax.entmax_bisect(x, 1.25), padding), [])
+    return every
+
+
+def _attention_calls(queries: int, keys: int, device: torch.device, compiled: bool) -> dict[str, Call]:
+    """By name, one forward and backward pass."""
+    batch, dtype = (2, torch.float32) if device.type == "cpu" else (8, torch.bfloat16)
+    torch.manual_seed(0)
+    padding = torch.zeros(batch, keys, dtype=torch.bool, device=device)
+    padding[-1, int(0.8 * keys) :] = True
+    q, k, v = (
+        torch.randn(batch, tokens, HEADS, WIDTH // HEADS, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+        for tokens in (queries, keys, keys)
+    )
+    g = torch.randn_like(q)
+
+    def call(attend: Callable[..., Tensor], learned: list[Tensor]) -> Call:
+        if compiled:
+            attend = torch.compile(attend, fullgraph=True, dynamic=False)
+        return lambda: torch.autograd.grad(attend(q, k, v), [q, k, v, *learned], g)
+
+    every = _contenders(padding)
+    return {n: call(*c) for n, c in every.items() if not (compiled and n.startswith("package"))}
+
+
+def _layer_calls(tokens: int, device: torch.device, compiled: bool) -> dict[str, Call]:
+    """By mapping, one forward and backward pass of a whole encoder layer in training, dropout 0.1, under autocast."""
+    torch.manual_seed(0)
+    src, pos = torch.randn(2, 8, tokens, WIDTH, device=device)
+    padding = torch.zeros(8, tokens, dtype=torch.bool, device=device)
+    padding[-1, int(0.8 * tokens) :] = True
+
+    def call(mapping: Mapping, alpha: float) -> Call:
+        layer = EncoderLayer(WIDTH, 2048, 0.1, False, lambda: Attention(WIDTH, HEADS, mapping, alpha, dropout=0.1)).to(
+            device
+        )
+        forward = torch.compile(layer, fullgraph=True, dynamic=False) if compiled else layer
+
+        def step() -> None:
+            with torch.autocast(device.type, torch.bfloat16):
+                out = forward(src, padding, pos)
+            torch.autograd.grad(out.float().sum(), list(layer.parameters()))
+
+        return step
+
+    return {f"layer: {name}": call(*arguments) for name, arguments in OURS.items()}
+
+
+def _best_ms(calls: dict[str, Call], device: torch.device, seconds: float) -> dict[str, float]:
+    """Shortest time of each call. They take turns, so that a busy moment of the machine meets all of them."""
+
+    def once(call: Call) -> float:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for call in calls.values():  # compiles, and warms up
+        once(call)
+    best = {name: once(call) for name, call in calls.items()}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for name, call in calls.items():
+            if best[name] < seconds / 5:
+                best[name] = min(best[name], once(call))
+    return {name: 1e3 * value for name, value in best.items()}
+
+
+def _peak_mb(call: Call, device: torch.device) -> float:
+    """Most memory (MB) that a call holds at a time beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        record.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes)) / 1e6
+
+
+def measure(device: torch.device, quick: bool, seconds: float = 5.0) -> list[Row]:
+    """One row for each shape, contender, and eager or compiled.
+
+    quick: eager only and without the longest shape. seconds: spent on repeats at each shape.
+    """
+    rows: list[Row] = []
+    for compiled in (False,) if quick else (False, True):
+        sites: dict[str, dict[str, Call]] = {}
+        for shape, (queries, keys) in SHAPES.items():
+            if not quick or keys <= 950:
+                sites[shape] = _attention_calls(queries, keys, device, compiled)
+        if device.type == "cuda":
+            sites["encoder layer, 950 tokens"] = _layer_calls(950, device, compiled)
+        for shape, calls in sites.items():
+            for name, ms in _best_ms(calls, device, seconds).items():
+                row: Row = {"shape": shape, "name": name, "device": device.type, "threads": torch.get_num_threads()}
+                rows.append(row | {"compiled": compiled, "ms": ms, "peak_mb": _peak_mb(calls[name], device)})
+    base = {row["shape"]: row["ms"] for row in rows if row["name"] in BASES and not row["compiled"]}
+    return [row | {"ratio": row["ms"] / base[row["shape"]]} for row in rows]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows for people."""
+    lines = [f"{rows[0]['device']}, {rows[0]['threads']} threads; best of repeats that take turns"]
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        lines += ["", f"{shape:38s} {'ms':>9s} {'ratio':>7s} {'peak MB':>9s}"]
+        for row in (r for r in rows if r["shape"] == shape):
+            name = row["name"] + (", compiled" if row["compiled"] else "")
+            lines.append(f"  {name:36s} {row['ms']:9.2f} {row['ratio']:7.2f} {row['peak_mb']:9.1f}")
+    return "\n".join([*lines, "", f"ratio: to {' or, where there is none, '.join(BASES)}, eager"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m detr_fabric.benchmark.attention", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="eager only and without the longest shape")
+    quick = parser.parse_args().quick
+    for name in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        print(table(measure(torch.device(name), quick)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""A folder of images and its COCO annotations as a data set of images and targets."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from detr_fabric.batch import Target
+from detr_fabric.boxes import xyxy_to_cxcywh
+from detr_fabric.data.annotations import Annotations, clip_boxes, read_annotations
+from detr_fabric.data.categories import Categories
+from detr_fabric.data.images import read_image
+from detr_fabric.data.sampler import Sample
+from detr_fabric.data.transforms import Transform
+from detr_fabric.errors import UserError
+
+__all__ = ["Annotations", "Categories", "CocoDetection", "read_annotations"]
+
+
+class CocoDetection(Dataset[tuple[Tensor, Target]]):
+    """N images in ascending id order, those without objects included.
+
+    Samples are named by (epoch, index), and their augmentation is a pure function of (seed, epoch, index), whatever the
+    number of workers.
+    """
+
+    def __init__(self, folder: Path, annotations: Annotations, transform: Transform, seed: int) -> None:
+        self.folder = folder
+        self.annotations = annotations
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    @property
+    def categories(self) -> Categories:
+        """Ids, labels and names of the classes."""
+        return self.annotations.categories
+
+    @property
+    def image_ids(self) -> list[int] | list[str]:
+        """(N) the data set's own image ids, in index order."""
+        return cast("list[int] | list[str]", self.annotations.image_ids.tolist())
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, Target]:
+        """(epoch, index) → (3, H, W) uint8 image after the transform, and its Target without crowds.
+
+        Raises UserError naming the image's id and file when it cannot be read or has another size than annotated.
+        """
+        epoch, index = sample
+        image, boxes, labels = self.load(index)
+        orig_height, orig_width = image.shape[-2:]
+        rng = random.Random(f"{self.seed}-{epoch}-{index}")
+        image, boxes, labels = self.transform(image, boxes, labels, rng)
+        height, width = image.shape[-2:]
+        target = Target(
+            labels=labels,
+            boxes=xyxy_to_cxcywh(boxes) / boxes.new_tensor([width, height, width, height]),
+            image_id=self.annotations.image_ids[index].item(),
+            orig_size=(orig_height, orig_width),
+            size=(height, width),
+        )
+        return image, target
+
+    def load(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Image `index` as it is: (3, H, W) uint8, (n, 4) float32 xyxy boxes clipped to it, (n,) int64 labels."""
+        file, image_id = self.folder / str(self.annotations.file_names[index]), self.annotations.image_ids[index].item()
+        try:
+            image = read_image(file)
+        except UserError as error:
+            raise UserError(f"image {image_id!r}: {error}") from error
+        height, width = image.shape[-2:]
+        for side, found, expected in zip(
+            ("height", "width"), (height, width), self.annotations.sizes[index].tolist(), strict=True
+        ):
+            if expected not in (0, found):
+                raise UserError(
+                    f"image {image_id!r}: {file} has {side} {found}, but {expected} in the annotations: correct either"
+                )
+        objects = self.annotations.objects(index)
+        crowd = self.annotations.crowd[objects]
+        boxes = clip_boxes(self.annotations.boxes[objects][~crowd], height, width)
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        return image, torch.from_numpy(boxes[keep]), torch.from_numpy(self.annotations.labels[objects][~crowd][keep])
+
+    def ground_truth(self) -> dict[str, Any]:
+        """A COCO-format dictionary for scoring, crowds included, with everything renumbered: image id = index + 1,
+        category id = label + 1, annotation ids from 1 (scoring never counts an annotation with id 0 as found)."""
+        known = self.annotations
+        image_of_object = np.repeat(np.arange(len(known)), np.diff(known.offsets)) + 1
+        objects = zip(
+            image_of_object.tolist(),
+            (known.labels + 1).tolist(),
+            known.boxes.tolist(),
+            known.areas.tolist(),
+            known.crowd.astype(int).tolist(),
+            strict=True,
+        )
+        return {
+            "info": {},
+            "images": [
+                {"id": index + 1, "height": height, "width": width}
+                for index, (height, width) in enumerate(known.sizes.tolist())
+            ],
+            "categories": [
+                {"id": self.categories.label(id) + 1, "name": name}
+                for id, name in zip(self.categories.ids, self.categories.names, strict=True)
+            ],
+            "annotations": [
+                {"id": number, "image_id": image, "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}
+                for number, (image, label, box, area, crowd) in enumerate(objects, 1)
+            ],
+        }

@@ -1,0 +1,232 @@
+"""Batches for training and evaluation, and build_datasets: from the data settings to the two data sets."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from detr_fabric.batch import ImageBatch, Target, pad_images
+from detr_fabric.config import DataConfig
+from detr_fabric.data import sampler, shapes
+from detr_fabric.data.coco import Categories, CocoDetection, read_annotations
+from detr_fabric.data.sampler import Sample
+from detr_fabric.data.transforms import eval_transform, train_transform
+from detr_fabric.errors import UserError
+
+MicroBatch = tuple[ImageBatch, list[Target]]
+_Packed = tuple[np.ndarray, np.ndarray, tuple[Any, ...]]  # labels, boxes, and the rest of a Target
+
+PREFETCH = 2  # batches that each worker loads ahead
+WORKER_TIMEOUT = 600  # seconds for one batch before a hanging file system is reported
+
+
+class TrainLoader:
+    """Training batches whose content is a pure function of (seed, epoch, step, rank, world).
+
+    Workers live as long as the loader. UserErrors raised in them arrive as they are.
+    """
+
+    def __init__(
+        self,
+        dataset: CocoDetection,
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        rank: int,
+        world: int,
+        workers: int,
+        pad_multiple: int,
+        pin_memory: bool,
+    ) -> None:
+        """Raises UserError when the data set does not fill one global batch."""
+        self.steps_per_epoch = sampler.steps_per_epoch(len(dataset), batch_size, accumulate, world)
+        self.global_batch = world * accumulate * batch_size
+        self.num_images = len(dataset)
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.batches = _BatchStream(dataset, workers, pad_multiple, pin_memory)
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[list[MicroBatch]]:
+        """The optimizer steps of an epoch, `accumulate` micro-batches each; the first `skip` are left out unread.
+
+        One pass at a time: a new one ends the last.
+        """
+        steps = sampler.step_batches(
+            self.num_images, self.seed, epoch, self.batch_size, self.accumulate, self.rank, self.world, skip
+        )
+        stream = self.batches.read([micro_batch for step in steps for micro_batch in step])
+        for _ in steps:
+            yield [next(stream) for _ in range(self.accumulate)]
+
+
+class EvalLoader:
+    """This rank's share of a data set in order; all ranks have equally many images, so a few may come twice."""
+
+    def __init__(
+        self,
+        dataset: CocoDetection,
+        batch_size: int,
+        rank: int,
+        world: int,
+        workers: int,
+        pad_multiple: int,
+        pin_memory: bool,
+    ) -> None:
+        samples = [(0, index) for index in sampler.shard(len(dataset), rank, world)]
+        self.order = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+        self.batches = _BatchStream(dataset, workers, pad_multiple, pin_memory)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self.batches.read(self.order)
+
+
+class _BatchStream:
+    """Loads lists of samples in order, in processes that stay alive between calls of read."""
+
+    def __init__(self, dataset: CocoDetection, workers: int, pad_multiple: int, pin_memory: bool) -> None:
+        self.dataset = dataset
+        self.order = _Order()
+        self.in_flight = max(1, PREFETCH * workers)
+        self.loader = DataLoader(
+            _Batches(dataset, pad_multiple),
+            batch_size=None,  # an item is a whole batch already
+            sampler=self.order,
+            num_workers=workers,
+            prefetch_factor=PREFETCH if workers > 0 else None,
+            collate_fn=_unchanged,
+            worker_init_fn=_leave_process_group,
+            generator=torch.Generator(),  # without its own, every epoch would move the global generator
+            persistent_workers=workers > 0,
+            timeout=WORKER_TIMEOUT if workers > 0 else 0,
+            pin_memory=pin_memory,
+        )
+
+    def read(self, order: list[list[Sample]]) -> Iterator[MicroBatch]:
+        """The batches of `order`. Raises UserError for a bad file, or for a worker that died or hangs."""
+        self.order.batches = order
+        results = iter(self.loader)
+        for position in range(len(order)):
+            try:
+                result = next(results)
+            except RuntimeError as error:
+                if str(error).startswith("DataLoader "):
+                    raise self._lost(str(error), order[position : position + self.in_flight]) from error
+                raise
+            if isinstance(result, UserError):
+                raise result
+            images, targets = result
+            yield images, [_unpacked(target) for target in targets]
+
+    def _lost(self, reason: str, batches: list[list[Sample]]) -> UserError:
+        ids = [str(self.dataset.annotations.image_ids[index]) for samples in batches for _, index in samples]
+        names = ", ".join(ids[:16]) + (", ..." if len(ids) > 16 else "")
+        reason = reason.splitlines()[0].rstrip(".")
+        return UserError(f"{reason}, while images {names} were loaded: check these files, or lower --data.workers")
+
+
+class _Order:
+    """The samples of the current pass, read in the main process, so that they can change between passes."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Sample]] = []
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Batches(Dataset[Any]):
+    """A list of samples → one padded batch and its packed targets.
+
+    A UserError is returned, not raised: DataLoader would bury its sentence in the worker's traceback.
+    """
+
+    def __init__(self, dataset: CocoDetection, pad_multiple: int) -> None:
+        self.dataset = dataset
+        self.pad_multiple = pad_multiple
+
+    def __getitem__(self, samples: list[Sample]) -> tuple[ImageBatch, list[_Packed]] | UserError:
+        try:
+            images, targets = zip(*[self.dataset[sample] for sample in samples], strict=True)
+        except UserError as error:
+            return error
+        return pad_images(list(images), self.pad_multiple), [_packed(target) for target in targets]
+
+
+def _packed(target: Target) -> _Packed:
+    """Arrays go from a worker by value; tensors would take a file descriptor and 0.2 ms each."""
+    return target.labels.numpy(), target.boxes.numpy(), target[2:]
+
+
+def _unpacked(packed: _Packed) -> Target:
+    labels, boxes, rest = packed
+    return Target(torch.from_numpy(labels), torch.from_numpy(boxes), *rest)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _leave_process_group(worker: int) -> None:
+    """Ctrl+C and SLURM signal the whole process group: the trainer finishes its step, for which it needs its workers.
+
+    SIGTERM keeps torch's handler, which is how the trainer ends its workers.
+    """
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def build_datasets(data: DataConfig, seed: int) -> tuple[CocoDetection, CocoDetection]:
+    """Training and validation data of resolved settings (Config.resolve); validation uses the training categories.
+
+    Raises UserError naming the file or folder and the flag when something is missing or wrong.
+    """
+    assert data.scales is not None and data.max_size is not None and data.crop is not None, "resolve the config first"
+    images, file = _paths(data, "train")
+    annotations = read_annotations(file, None, data.label_space).first(data.train_limit, with_objects=True)
+    augment = train_transform(data.scales, data.max_size, data.flip, data.crop)
+    train = CocoDetection(images, annotations, augment, seed)
+    return train, build_validation(data, train.categories, seed)
+
+
+def build_validation(data: DataConfig, categories: Categories, seed: int) -> CocoDetection:
+    """The images that resolved settings evaluate on, under the evaluation transform and labelled by `categories`: those
+    of the training data or of a checkpoint. Raises UserError as build_datasets does."""
+    assert data.scales is not None and data.max_size is not None, "resolve the config first"
+    images, file = _paths(data, "train" if data.validate_on_train else "val")
+    annotations = read_annotations(file, categories, data.label_space)
+    if data.validate_on_train:
+        annotations = annotations.first(data.train_limit, with_objects=True)
+    annotations = annotations.first(data.val_limit, with_objects=False)
+    return CocoDetection(images, annotations, eval_transform(data.scales[-1], data.max_size), seed)
+
+
+def _paths(data: DataConfig, split: str) -> tuple[Path, Path]:
+    """Image folder and annotation file of a split, both checked to exist."""
+    if data.builtin:
+        root = shapes.prepare(data.shapes_size, data.shapes_train, data.shapes_val, data.shapes_dir)
+    else:
+        root = Path(data.root or "")
+    images = getattr(data, f"{split}_images") or root / f"{split}2017"
+    annotations = getattr(data, f"{split}_annotations") or root / "annotations" / f"instances_{split}2017.json"
+    if not Path(images).is_dir():
+        raise UserError(f"{images} is no folder of images: set --data.root or --data.{split}-images")
+    if not Path(annotations).is_file():
+        raise UserError(f"{annotations} is no file: set --data.root or --data.{split}-annotations")
+    return Path(images), Path(annotations)

@@ -1,0 +1,5 @@
+"""The one exception that entry points turn into a sentence and exit code 2."""
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the message names the file, id or flag and says what to do."""

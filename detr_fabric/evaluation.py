@@ -1,0 +1,153 @@
+"""What a model finds in a data set, over all ranks, and how well that scores.
+
+Shapes: B batch, Q queries.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from detr_fabric.batch import normalize
+from detr_fabric.boxes import cxcywh_to_xyxy
+from detr_fabric.checkpoint import load_model_state
+from detr_fabric.config import Config
+from detr_fabric.data.coco import Categories, CocoDetection
+from detr_fabric.data.loader import EvalLoader, build_validation
+from detr_fabric.errors import UserError
+from detr_fabric.launch import build_fabric
+from detr_fabric.model.detr import build_model, post_process
+from detr_fabric.pictures import Boxes, Picture
+from detr_fabric.scoring import Detections, score
+from detr_fabric.signals import Preempted, Preemption
+
+if TYPE_CHECKING:
+    from detr_fabric.evaluate import Settings
+
+
+class Evaluation(NamedTuple):
+    """The scores of one pass over a data set and the detections behind them."""
+
+    stats: dict[str, float]  # COCO's 12 by name, -1 where undefined
+    per_class: dict[str, float]  # AP by class name, best first
+    detections: list[Detections]  # one an image, in the data set's order
+    seconds: float  # detecting and scoring
+    seconds_scoring: float
+
+
+@torch.no_grad()
+def detect(
+    fabric: Fabric, model: nn.Module, loader: EvalLoader, preemption: Preemption | None = None
+) -> list[Detections]:
+    """The detections of this rank's images, in pixels of the files. Raises Preempted as evaluate does."""
+    model.eval()
+    found = []
+    for micro_batch in loader:
+        batch, targets = fabric.to_device(micro_batch)
+        outputs = model(*normalize(batch))
+        sizes = torch.tensor([target.orig_size for target in targets], device=fabric.device)
+        answer = post_process(outputs.pred_logits[-1], outputs.pred_boxes[-1], sizes)
+        for target, scores, labels, boxes in zip(targets, *(part.cpu() for part in answer), strict=True):
+            found.append(Detections(target.image_id, scores, labels, boxes))
+        if preemption is not None and preemption.agreed(fabric):
+            raise Preempted
+    return found
+
+
+def evaluate(
+    fabric: Fabric,
+    model: nn.Module,
+    loader: EvalLoader,
+    dataset: CocoDetection,
+    backend: Literal["faster-coco-eval", "pycocotools"],
+    preemption: Preemption | None = None,
+) -> Evaluation | None:
+    """Detects on every rank and scores on rank 0; None on the others. Leaves the model in evaluation mode.
+
+    Raises Preempted on every rank when one of them was asked to stop, if `preemption` is given.
+    """
+    started = time.perf_counter()
+    found = detect(fabric, model, loader, preemption)
+    if fabric.world_size > 1:
+        shares: list[Any] | None = [None] * fabric.world_size if fabric.is_global_zero else None
+        torch.distributed.gather_object(found, shares)
+        if shares is None:
+            return None
+        found = [detections for share in shares for detections in share]
+    by_image = {detections.image_id: detections for detections in found}  # drops what sharding repeated
+    found = [by_image[image_id] for image_id in dataset.image_ids]
+    scoring = time.perf_counter()
+    scores = score(dataset.ground_truth(), dataset.image_ids, found, backend)
+    ended = time.perf_counter()
+    ranking = sorted(scores.per_class.items(), key=lambda item: -item[1])
+    per_class = {dataset.categories.name(label): ap for label, ap in ranking}
+    return Evaluation(scores.stats, per_class, found, ended - started, ended - scoring)
+
+
+def picture_panel(dataset: CocoDetection, detections: list[Detections], count: int, threshold: float) -> list[Picture]:
+    """The first `count` images with their detections above a score and their true boxes, in pixels as evaluated."""
+    pictures = []
+    for index, found in enumerate(detections[:count]):
+        image, target = dataset[(0, index)]
+        height, width = target.size
+        kept = found.scores > threshold
+        scale = torch.tensor([width / target.orig_size[1], height / target.orig_size[0]]).repeat(2)
+        true = cxcywh_to_xyxy(target.boxes) * torch.tensor([width, height]).repeat(2)
+        pictures.append(
+            Picture(
+                image,
+                str(found.image_id),
+                Boxes(found.boxes[kept] * scale, found.labels[kept], found.scores[kept]),
+                Boxes(true, target.labels),
+            )
+        )
+    return pictures
+
+
+def save_evaluation(path: Path, evaluation: Evaluation, step: int) -> None:
+    """Writes the scores as JSON, replacing an earlier file whole."""
+    content = {"step": step, **evaluation.stats, "AP_class": evaluation.per_class, "seconds": evaluation.seconds}
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def evaluate_checkpoint(content: dict[str, Any], settings: Settings) -> None:
+    """Rebuilds the model of a loaded checkpoint, evaluates it and prints the scores; the work of evaluate.py."""
+    cfg = replace(Config.from_dict(content["config"]), data=settings.data, eval=settings.eval).resolve()
+    fabric = build_fabric(settings.accelerator, settings.devices, settings.precision, broadcast_buffers=False)
+    fabric.launch()
+    categories = Categories.from_dict(content["categories"])
+    dataset = build_validation(cfg.data, categories, cfg.train.seed)
+    model = build_model(cfg.model, cfg.attn, categories.num_classes, pretrained=False)
+    load_model_state(model, content["model"], "checkpoint")
+    loader = EvalLoader(
+        dataset,
+        cfg.eval.batch_size,
+        fabric.global_rank,
+        fabric.world_size,
+        cfg.data.workers,
+        cfg.data.pad_multiple,
+        pin_memory=fabric.device.type == "cuda",
+    )
+    evaluation = evaluate(fabric, fabric.setup_module(model), loader, dataset, cfg.eval.backend)
+    if evaluation is None:
+        return
+    print(f"{len(dataset)} images, step {content['state']['step']}, in {evaluation.seconds:.1f} s")
+    for name, value in evaluation.stats.items():
+        print(f"  {name:6} {value:.3f}")
+    for name, value in evaluation.per_class.items():
+        print(f"  AP of {name:20} {value:.3f}")
+    if settings.out is not None:
+        try:
+            save_evaluation(Path(settings.out), evaluation, content["state"]["step"])
+        except OSError as error:
+            raise UserError(f"--out {settings.out}: {error.strerror}") from error

@@ -1,0 +1,354 @@
+"""Training, top to bottom: set up everything, then epochs of steps, evaluations and checkpoints.
+
+Only this file, evaluation, launch, nonfinite, resume and signals know that there is more than one process.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple, NoReturn, TypeVar
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.wrappers import _FabricModule, _FabricOptimizer
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from detr_fabric.batch import ImageBatch, Target, normalize
+from detr_fabric.checkpoint import load_model_state, load_weights
+from detr_fabric.cli import fail
+from detr_fabric.config import Config
+from detr_fabric.data.coco import CocoDetection
+from detr_fabric.data.loader import EvalLoader, TrainLoader, build_datasets
+from detr_fabric.errors import UserError
+from detr_fabric.evaluation import evaluate
+from detr_fabric.folder import RunLock, run_folder
+from detr_fabric.launch import build_fabric, end_together, settle_reduction_order
+from detr_fabric.loss.criterion import Losses, SetCriterion
+from detr_fabric.model.detr import build_model
+from detr_fabric.optimizer import build_optimizer, build_scheduler
+from detr_fabric.recorder import Recorder, count_parameters
+from detr_fabric.resume import Saver, State, checkpoint_exists, read_checkpoint, restore_optimizer, restore_state
+from detr_fabric.signals import Preempted, Preemption, leave_marker
+
+MicroBatch = tuple[ImageBatch, list[Target]]
+T = TypeVar("T")
+
+
+class Step(NamedTuple):
+    """What came of an optimizer step."""
+
+    losses: Losses
+    grad_norm: Tensor
+    interrupted: bool  # on any rank, the same on all
+
+
+class Run(NamedTuple):
+    """What the loop works with."""
+
+    cfg: Config
+    fabric: Fabric
+    model: _FabricModule
+    criterion: SetCriterion
+    optimizer: _FabricOptimizer
+    scheduler: LambdaLR
+    train_set: CocoDetection
+    val_set: CocoDetection
+    train_loader: TrainLoader
+    val_loader: EvalLoader
+    folder: Path
+    lock: RunLock | None  # rank 0's
+    state: State
+    total_steps: int
+    step_offset: int  # place in the planned epochs minus steps done: 0 unless the number of ranks has changed
+    preemption: Preemption
+    notes: list[str]  # what there is to say about the resumption
+
+
+def setup(cfg: Config) -> Run:
+    """Builds what a resolved config asks for. Raises UserError, on every rank alike, for what the user can mend."""
+    train, data = cfg.train, cfg.data
+    fabric = build_fabric(
+        train.accelerator, train.devices, train.precision, broadcast_buffers=cfg.model.norm == "batch"
+    )
+    fabric.launch()
+    end_together(fabric)
+
+    train_set, val_set = build_datasets(data, train.seed)
+    rank, world, pin_memory = fabric.global_rank, fabric.world_size, fabric.device.type == "cuda"
+    train_loader = TrainLoader(
+        train_set,
+        train.batch_size,
+        train.accumulate,
+        train.seed,
+        rank,
+        world,
+        data.workers,
+        data.pad_multiple,
+        pin_memory,
+    )
+    val_loader = EvalLoader(val_set, cfg.eval.batch_size, rank, world, data.workers, data.pad_multiple, pin_memory)
+
+    folder = fabric.broadcast(run_folder(cfg))
+    resuming = checkpoint_exists(cfg, folder)
+    torch.manual_seed(train.seed)
+    num_classes = train_set.categories.num_classes
+    model = build_model(cfg.model, cfg.attn, num_classes, pretrained=not resuming)
+    if not resuming and cfg.model.checkpoint is not None:
+        load_weights(model, cfg.model.checkpoint)
+    model.to(memory_format=torch.channels_last)
+    criterion = SetCriterion(num_classes, **asdict(cfg.loss)).to(fabric.device)
+    optimizer = build_optimizer(model, cfg.optim)
+    epoch_steps = train_loader.steps_per_epoch
+    planned = min(train.epochs * epoch_steps, train.max_steps or math.inf)
+    scheduler = build_scheduler(optimizer, cfg.optim, epoch_steps, int(planned))
+
+    lock = lock_folder(fabric, folder)
+    state, notes = State(), list[str]()
+    if resuming:
+        source, content = read_checkpoint(cfg, folder, notes)
+        load_model_state(model, content["model"], str(source))
+        state = restore_state(content, source, cfg, train_set.annotations, train_loader, notes)
+    position = state.epoch * epoch_steps + state.step_in_epoch
+    total_steps = int(min(train.epochs * epoch_steps - position + state.step, train.max_steps or math.inf))
+    if state.step >= total_steps and state.evaluated == state.step:
+        raise UserError(f"{folder}: all {state.step} steps are done, nothing is left; raise --train.epochs")
+    model, optimizer = fabric.setup(model, optimizer)
+    if resuming:
+        restore_optimizer(content, source, fabric, optimizer, scheduler, position)
+    settle_reduction_order(fabric, model)
+    return Run(
+        cfg,
+        fabric,
+        model,
+        criterion,
+        optimizer,
+        scheduler,
+        train_set,
+        val_set,
+        train_loader,
+        val_loader,
+        folder,
+        lock,
+        state,
+        total_steps,
+        position - state.step,
+        Preemption(),
+        notes,
+    )
+
+
+def lock_folder(fabric: Fabric, folder: Path) -> RunLock | None:
+    """Rank 0's lock on the run folder. Raises UserError, on every rank alike, where another run holds it."""
+    lock, refusal = None, None
+    if fabric.is_global_zero:
+        try:
+            lock = RunLock(folder)
+        except UserError as error:
+            refusal = str(error)
+    refusal = fabric.broadcast(refusal)
+    if refusal is not None:
+        raise UserError(refusal)
+    return lock
+
+
+def fit(run: Run) -> None:
+    """The training loop. Raises Preempted, on every rank alike, when the run was asked to stop and has been saved."""
+    cfg, state, loader = run.cfg, run.state, run.train_loader
+    meter = Meter(loader.global_batch)
+    with (
+        run.preemption,
+        Recorder(
+            run.fabric,
+            cfg,
+            run.folder,
+            run.model,
+            run.val_set,
+            loader.steps_per_epoch,
+            run.total_steps,
+            run.step_offset,
+            state.step,
+            state.wandb_run_id,
+        ) as recorder,
+    ):
+        state.wandb_run_id = recorder.wandb_run_id
+        saver = Saver(run, recorder.progress.say)
+        introduce(run, recorder)
+        while state.step < run.total_steps or state.evaluated < state.step:
+            run.model.train()
+            meter.restart()
+            for micro_batches in meter.waiting(loader.epoch(state.epoch, skip=state.step_in_epoch)):
+                if state.step >= run.total_steps:
+                    break
+                losses, grad_norm, interrupted = training_step(run, micro_batches)
+                run.scheduler.step()
+                state.step += 1
+                state.step_in_epoch += 1
+                if state.step % cfg.train.log_every == 0 or state.step == run.total_steps:
+                    recorder.training(losses, run.criterion.weights, grad_norm, run.optimizer, meter.read(), state.step)
+                else:
+                    recorder.progress.update(state.epoch, state.step)
+                if interrupted:
+                    leave(run, recorder, saver)
+                if saver.due():
+                    saver.save()
+
+            finished, epoch_done = state.step >= run.total_steps, state.step_in_epoch == loader.steps_per_epoch
+            copies = []
+            if finished or (state.epoch + 1) % cfg.eval.every == 0:
+                try:
+                    evaluation = evaluate(
+                        run.fabric, run.model, run.val_loader, run.val_set, cfg.eval.backend, run.preemption
+                    )
+                except Preempted:
+                    leave(run, recorder, saver)
+                if evaluation is not None:
+                    recorder.evaluation(evaluation, state.step)
+                state.evaluated = state.step
+                ap = run.fabric.broadcast(evaluation.stats["AP"] if evaluation is not None else -1.0)
+                if ap > state.best_ap:
+                    state.best_ap = ap
+                    copies.append("best.ckpt")
+            if epoch_done:
+                state.epoch, state.step_in_epoch = state.epoch + 1, 0
+            if epoch_done and cfg.train.keep_every and state.epoch % cfg.train.keep_every == 0:
+                copies.append(f"epoch_{state.epoch:04d}.ckpt")
+            if finished or copies or state.epoch % cfg.train.checkpoint_every == 0:
+                saver.save(*copies)
+        if saver.failed:
+            raise UserError(f"{run.folder}: the final state could not be saved; free space and start the same command")
+
+
+def leave(run: Run, recorder: Recorder, saver: Saver) -> NoReturn:
+    """Saves and ends a run that was asked to stop; whoever starts the same command again continues it."""
+    saver.save()
+    if run.fabric.is_global_zero:
+        leave_marker(run.folder, run.state.step, run.cfg.train.requeue, recorder.progress.say)
+        recorder.preempted()
+        recorder.progress.say(f"stopped after step {run.state.step}; the same command goes on from there")
+    raise Preempted
+
+
+def introduce(run: Run, recorder: Recorder) -> None:
+    """Says in a few lines what is about to be trained on what."""
+    cfg, say = run.cfg, recorder.progress.say
+    where = "built-in synthetic shapes, for no --data.root is given" if cfg.data.builtin else run.train_set.folder
+    say(
+        f"data    {where}: {len(run.train_set)} training and {len(run.val_set)} validation images, "
+        f"{len(run.train_set.categories.ids)} classes"
+    )
+    parameters = count_parameters(run.model)
+    start = cfg.model.checkpoint or cfg.model.backbone_weights
+    norm = "frozen batch norm" if cfg.model.norm == "frozen" else "trained batch norm"
+    say(
+        f"model   {cfg.model.backbone} ({norm}; weights: {start}), {cfg.attn.kind} attention, "
+        f"{parameters['total'] / 1e6:.1f} M parameters, {parameters['trainable'] / 1e6:.1f} M trained"
+    )
+    train, world = cfg.train, run.fabric.world_size
+    device, precision = run.fabric.device.type, run.fabric.strategy.precision.precision
+    say(
+        f"steps   {run.total_steps} of {train.batch_size} images x {train.accumulate} accumulated x {world} ranks = "
+        f"{train.batch_size * train.accumulate * world}, on {device} in {precision}"
+    )
+    say(f"folder  {run.folder}" + (f", resumed at step {run.state.step}" if run.state.step else ""))
+    for note in run.notes:
+        say(note)
+
+
+def training_step(run: Run, micro_batches: list[MicroBatch]) -> Step:
+    """One optimizer step over the gradients of all micro-batches; returns their losses and the gradient's norm."""
+    cfg, fabric, model, criterion = run.cfg, run.fabric, run.model, run.criterion
+    dropout_seed = random.Random(f"dropout-{cfg.train.seed}-{run.state.step}-{fabric.global_rank}").getrandbits(63)
+    torch.manual_seed(dropout_seed)
+    all_targets = [target for _, targets in micro_batches for target in targets]
+    normalizers = criterion.normalizers(all_targets, cfg.model.num_queries)
+    counts = torch.tensor([*normalizers, float(run.preemption.requested is not None)], device=fabric.device)
+    num_boxes, class_weight_sum, asked_to_stop = fabric.all_reduce(counts, reduce_op="mean")
+
+    parts = []
+    for index, micro_batch in enumerate(micro_batches, start=1):
+        batch, targets = fabric.to_device(micro_batch)
+        with fabric.no_backward_sync(model, enabled=index < len(micro_batches)):
+            outputs = model(*normalize(batch))  # pred_logits (L, B, Q, C+1), pred_boxes (L, B, Q, 4)
+            losses = criterion(outputs, targets, num_boxes.clamp(min=1), class_weight_sum)
+            fabric.backward(losses.total)
+        parts.append(Losses(losses.total.detach(), losses.parts))
+    losses = add_losses(parts)
+
+    max_norm = cfg.optim.clip_max_norm or math.inf
+    grad_norm = fabric.clip_gradients(model, run.optimizer, max_norm=max_norm, error_if_nonfinite=False)
+    assert grad_norm is not None
+    finite, interrupted = torch.stack([grad_norm.isfinite(), asked_to_stop > 0]).tolist()  # the step's one wait
+    overflow_is_normal = fabric.strategy.precision.precision == "16-mixed" and bool(losses.total.isfinite())
+    if not finite and not overflow_is_normal:  # gradients are averaged, so every rank sees the same
+        stop_not_finite(run, losses, all_targets)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return Step(losses, grad_norm, interrupted)
+
+
+def add_losses(parts: list[Losses]) -> Losses:
+    """Losses of an effective batch: sums, for each was divided by the whole; errors, not divided, are averaged."""
+    return Losses(
+        torch.stack([p.total for p in parts]).sum(),
+        {
+            name: torch.stack([p.parts[name] for p in parts]).sum() / (len(parts) if "error" in name else 1)
+            for name in parts[0].parts
+        },
+    )
+
+
+def stop_not_finite(run: Run, losses: Losses, targets: list[Target]) -> None:
+    """Ends all ranks before the weights are touched, saying where the numbers went wrong."""
+    mine = (
+        bool(losses.total.isfinite()),
+        [t.image_id for t in targets],
+        {k: v.item() for k, v in losses.parts.items()},
+    )
+    ranks = [mine]
+    if run.fabric.world_size > 1:
+        ranks = [mine] * run.fabric.world_size
+        torch.distributed.all_gather_object(ranks, mine)
+    broken = [
+        (images, {k: v for k, v in p.items() if not math.isfinite(v)}) for finite, images, p in ranks if not finite
+    ]
+    images = [i for ids, _ in broken or [(ids, {}) for _, ids, _ in ranks] for i in ids]
+    what = f"loss ({', '.join(sorted({k for _, p in broken for k in p}))})" if broken else "gradient"
+    step = run.state.step + 1
+    message = f"step {step}: the {what} is not finite, in a batch of images {', '.join(map(str, images))}"
+    fail(UserError(f"{message}; lower --optim.lr or use --train.precision 32-true"), everywhere=True)
+
+
+class Meter:
+    """Images a second and the share of time spent waiting for data, since the last reading."""
+
+    def __init__(self, images_per_step: int) -> None:
+        self.images_per_step = images_per_step
+        self.restart()
+
+    def restart(self) -> None:
+        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches, with the time taken to get each counted as waiting."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - asked
+            self.steps += 1
+            yield batch
+
+    def read(self) -> dict[str, float]:
+        elapsed = time.perf_counter() - self.started
+        values = {"images_per_second": self.steps * self.images_per_step / elapsed, "data_wait": self.waited / elapsed}
+        self.restart()
+        return values

@@ -1,0 +1,58 @@
+"""Where a feature stands in the image: sine or learned position encodings.
+
+Shapes: B batch, D width, h×w features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from detr_fabric.errors import UserError
+
+
+class SinePosition(nn.Module):
+    """Sines and cosines of the position inside the unpadded image (Carion et al. 2020, A.4; Parmar et al. 2018)."""
+
+    def __init__(self, dim: int = 256, temperature: float = 10000.0) -> None:
+        super().__init__()
+        self.dim, self.temperature = dim, temperature
+
+    def forward(self, mask: Tensor) -> Tensor:
+        """mask (B, h, w), True on padding → (B, D, h, w): D/2 channels of y, then D/2 of x."""
+        inside = ~mask
+        y = inside.cumsum(1, dtype=torch.float32)
+        x = inside.cumsum(2, dtype=torch.float32)
+        y = y / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
+        x = x / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
+        half = self.dim // 2
+        channel = torch.arange(half, dtype=torch.float32, device=mask.device)
+        period = self.temperature ** (2 * channel.div(2, rounding_mode="floor") / half)
+        axes = [position[..., None] / period for position in (y, x)]  # each (B, h, w, D/2)
+        waves = [torch.stack((a[..., 0::2].sin(), a[..., 1::2].cos()), -1).flatten(3) for a in axes]
+        return torch.cat(waves, -1).permute(0, 3, 1, 2)
+
+
+class LearnedPosition(nn.Module):
+    """A learned vector per row and per column, up to 50 of each."""
+
+    def __init__(self, dim: int = 256) -> None:
+        super().__init__()
+        self.row_embed = nn.Embedding(50, dim // 2)
+        self.col_embed = nn.Embedding(50, dim // 2)
+        nn.init.uniform_(self.row_embed.weight)
+        nn.init.uniform_(self.col_embed.weight)
+
+    def forward(self, mask: Tensor) -> Tensor:
+        """mask (B, h, w) → (B, D, h, w): D/2 channels of x, then D/2 of y. Raises UserError beyond 50 × 50."""
+        b, h, w = mask.shape
+        if max(h, w) > 50:
+            raise UserError(
+                f"learned positions reach 50 × 50 features, but these are {h} × {w}: "
+                "use --model.position sine, smaller --data.scales, or no --model.dilation"
+            )
+        x = self.col_embed.weight[:w].expand(h, w, -1)
+        y = self.row_embed.weight[:h, None].expand(h, w, -1)
+        return torch.cat([x, y], -1).permute(2, 0, 1).expand(b, -1, -1, -1)

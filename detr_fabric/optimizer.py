@@ -1,0 +1,58 @@
+"""AdamW, its parameter groups and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from detr_fabric.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:
+    """Groups "transformer" (all that is in no other), "backbone" and "alpha": together every trainable parameter."""
+    groups: dict[str, list[nn.Parameter]] = {"transformer": [], "backbone": [], "alpha": []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            key = "alpha" if name.endswith("alpha_logit") else "backbone" if "backbone" in name else "transformer"
+            groups[key].append(p)
+    lr = {"transformer": optim.lr, "backbone": optim.lr_backbone, "alpha": optim.alpha_lr_factor * optim.lr}
+    assert sum(map(len, groups.values())) == sum(p.requires_grad for p in model.parameters())
+    return AdamW(
+        [
+            {
+                "name": name,
+                "params": params,
+                "lr": lr[name],
+                "weight_decay": optim.alpha_weight_decay if name == "alpha" else optim.weight_decay,
+            }
+            for name, params in groups.items()
+            if params
+        ],
+        fused=True,
+    )
+
+
+def build_scheduler(optimizer: AdamW, optim: OptimConfig, steps_per_epoch: int, total_steps: int) -> LambdaLR:
+    """Learning rate factors by optimizer step: a drop by 10 (StepLR), one linear rise and fall, or constant."""
+
+    def step_drop(step: int) -> float:
+        return 0.1 ** (step // (steps_per_epoch * optim.lr_drop))
+
+    def one_cycle(step: int) -> float:
+        peak = max(1, round(optim.warmup * total_steps))
+        return min((step + 1) / peak, max(0.0, (total_steps - step) / max(1, total_steps - peak)), 1.0)
+
+    def constant(step: int) -> float:
+        return 1.0
+
+    schedule: Callable[[int], float] = {"step": step_drop, "one-cycle": one_cycle, "constant": constant}[optim.schedule]
+    return LambdaLR(
+        optimizer,
+        [
+            constant if group["name"] == "alpha" and not optim.alpha_lr_drop else schedule
+            for group in optimizer.param_groups
+        ],
+    )

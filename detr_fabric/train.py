@@ -1,0 +1,40 @@
+"""Trains a DETR: python -m detr_fabric.train [--preset NAME|FILE.py] [--section.field value …]; the loop: loop.py.
+
+Exit codes: 0 done; 2 an error that the user can mend, said in one sentence; 75 asked to stop and saved, the same
+command goes on; anything else is a crash.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from detr_fabric.cli import fail, parse_train
+from detr_fabric.config import Config
+
+
+def main(preset: Config | None = None) -> None:
+    """Parses the command line over a preset, then trains. torch is imported after that: --help is immediate."""
+    config = parse_train(sys.argv[1:], preset)
+    from detr_fabric.errors import UserError
+    from detr_fabric.launch import first_error_only, leave_together
+    from detr_fabric.loop import fit, setup
+    from detr_fabric.signals import EXIT_PREEMPTED, Preempted
+
+    try:
+        run = setup(config)
+    except UserError as error:
+        fail(error, everywhere=True)
+    try:
+        with first_error_only(run.fabric):
+            fit(run)
+        leave_together()
+    except UserError as error:
+        fail(error)
+    except Preempted:
+        leave_together()
+        # a launcher that sees one rank fail kills the others, and rank 0 may still be saving
+        sys.exit(EXIT_PREEMPTED if run.fabric.is_global_zero else 0)
+
+
+if __name__ == "__main__":
+    main()

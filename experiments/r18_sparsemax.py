@@ -1,0 +1,18 @@
+"""ResNet-18 DETR with sparsemax in every attention block, on COCO.
+
+    torchrun --nproc_per_node 6 -m detr_fabric.train --preset r18_sparsemax --data.root coco
+
+Compare with r18_coco. Not run here yet (write AP and the W&B run here).
+"""
+
+from dataclasses import replace
+
+from detr_fabric.config import AttnConfig
+from experiments import r18_coco
+
+config = replace(r18_coco.config, attn=AttnConfig(kind="sparsemax"))
+
+if __name__ == "__main__":
+    from detr_fabric.train import main
+
+    main(config)

@@ -1,0 +1,32 @@
+"""Options and paths that several tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden-dir", default=str(GOLDEN), help="folder of golden cases NAME.json and NAME.npz")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "golden_case" in metafunc.fixturenames:
+        folder = Path(metafunc.config.getoption("--golden-dir"))
+        cases = sorted(p for p in folder.glob("*.json") if p.with_suffix(".npz").exists())
+        assert cases, f"{folder} holds no golden case"
+        metafunc.parametrize("golden_case", cases, ids=[p.stem for p in cases])
+
+
+@pytest.fixture(scope="session")
+def coco_mini() -> Path:
+    """A small COCO-format data set of real images that is not part of the repository."""
+    default = Path(__file__).parents[2] / "shared" / "coco-mini"
+    folder = Path(os.environ.get("DETR_FABRIC_COCO_MINI", default))
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: set DETR_FABRIC_COCO_MINI to a folder in COCO's layout")
+    return folder

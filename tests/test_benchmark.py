@@ -1,0 +1,45 @@
+"""The benchmark: every part runs small, its record has the documented keys, and a missing peer is named."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from detr_fabric.benchmark.__main__ import main
+
+
+@pytest.mark.parametrize("part", ["loss", "data", "eval", "inference", "step"])
+def test_each_part_prints_a_table_and_writes_a_record(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([part, "--quick", "--accelerator", "cpu", "--json", str(tmp_path / "a.json")])
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record.keys() == {"date", "commit", "machine", "versions", "quick", "parts"}
+    assert record["machine"]["threads"] == 1 and record["versions"]["torch"]
+    rows = record["parts"][part]["rows"]
+    assert {"case", "name", "ms", "ratio", "rounds"} <= rows[0].keys()
+    assert all(row["ratio"] == 1 for row in rows if row["name"] == "ours") and len({row["name"] for row in rows}) > 1
+    assert rows[0]["case"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["loss", "inference", "step"])
+def test_a_missing_peer_is_named_and_left_out(
+    part: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    main([part, "--quick", "--accelerator", "cpu", "--json", str(tmp_path / "a.json")])
+    found = json.loads((tmp_path / "a.json").read_text())["parts"][part]
+    assert found["missing"] == ["transformers"]
+    assert not any("transformers" in row["name"] for row in found["rows"])
+    assert "transformers is not installed" in capsys.readouterr().out
+
+
+def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["speed"])
+    assert ended.value.code == 2 and "'speed'" in capsys.readouterr().err

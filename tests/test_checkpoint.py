@@ -1,0 +1,139 @@
+"""Files of weights: official ones load, damaged and hostile ones are refused."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import http.server
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from detr_fabric.checkpoint import load_checkpoint, load_weights, read_torch_file, save_checkpoint
+from detr_fabric.errors import UserError
+from tests.test_model import small_detr
+
+CONTENT = {"model": {"w": torch.arange(10000.0)}, "config": {}, "categories": {}}
+
+
+@pytest.fixture
+def official(tmp_path: Path) -> Path:
+    """A file as the original's training writes it, its command line included."""
+    torch.manual_seed(9)
+    model = small_detr()
+    for p in model.parameters():
+        p.data.normal_()
+    path = tmp_path / "official.pth"
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=1e-4), "epoch": 499}, path)
+    return path
+
+
+def test_an_official_file_loads_with_its_command_line_inside(official: Path) -> None:
+    model = small_detr()
+    load_weights(model, str(official))
+    for name, value in torch.load(official, weights_only=False)["model"].items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+@pytest.fixture
+def server(official: Path) -> Iterator[str]:
+    """Serves the folder of the official file on this machine."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None: ...
+
+    handler = functools.partial(Quiet, directory=str(official.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def test_a_url_is_downloaded_once_and_checked_by_the_hash_in_its_name(
+    official: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(official.parent / "home"))
+    right = official.with_name(f"detr-{hashlib.sha256(official.read_bytes()).hexdigest()[:8]}.pth")
+    wrong = official.with_name("detr-00000000.pth")
+    os.link(official, wrong)
+    os.link(official, right)
+    load_weights(small_detr(), f"{server}/{right.name}")
+    right.unlink()
+    load_weights(small_detr(), f"{server}/{right.name}")
+    with pytest.raises(UserError, match="hash"):
+        load_weights(small_detr(), f"{server}/{wrong.name}")
+    with pytest.raises(UserError, match="give its path"):
+        load_weights(small_detr(), f"{server}/nothing.pth")
+    assert [p.name for p in (official.parent / "home").rglob("*.pth")] == [right.name]
+
+
+def test_a_checkpoint_comes_back_as_it_was_and_replaces_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    save_checkpoint(path, {**CONTENT, "step": 1})
+    save_checkpoint(path, {**CONTENT, "step": 2})
+    content = load_checkpoint(path)
+    assert content["step"] == 2 and torch.equal(content["model"]["w"], CONTENT["model"]["w"])
+
+
+@pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_flipped_bit_is_noticed(place: float, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    save_checkpoint(path, CONTENT)
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="last.ckpt"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04 and then nothing"])
+def test_what_is_no_checkpoint_is_refused_in_one_sentence(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="last.ckpt") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no such file"):
+        load_checkpoint(tmp_path / "nothing.ckpt")
+
+
+def test_a_truncated_checkpoint_and_one_of_another_program_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    save_checkpoint(path, CONTENT)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError):
+        load_checkpoint(path)
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(UserError, match="not a checkpoint of detr_fabric"):
+        load_checkpoint(path)
+
+
+class Hostile:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("forced", ["0", "1"])
+def test_code_inside_a_checkpoint_is_never_run(forced: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", forced)
+    torch.save({"model": Hostile(tmp_path / "proof")}, tmp_path / "hostile.pth")
+    with pytest.raises(UserError, match="can't be read"):
+        read_torch_file(tmp_path / "hostile.pth")
+    with pytest.raises(UserError, match="hostile.pth"):
+        load_weights(small_detr(), str(tmp_path / "hostile.pth"))
+    assert not (tmp_path / "proof").exists()
+
+
+def test_weights_of_another_model_are_refused_with_what_differs(official: Path) -> None:
+    with pytest.raises(UserError, match="class_embed.weight.*--data.label-space"):
+        load_weights(small_detr(num_classes=7), str(official))

@@ -1,0 +1,311 @@
+"""The data set beside the original's logic, and build_datasets: paths, flags, limits."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from coco_files import coco, image, thing, write_images, write_json, write_root
+from PIL import Image
+from torch import Tensor
+
+from detr_fabric.config import Config, DataConfig
+from detr_fabric.data import images as image_files
+from detr_fabric.data.annotations import read_annotations
+from detr_fabric.data.coco import CocoDetection
+from detr_fabric.data.loader import build_datasets, build_validation
+from detr_fabric.data.transforms import eval_transform, train_transform
+from detr_fabric.errors import UserError
+
+
+def dataset(folder: Path, content: dict[str, Any], scale: int = 30) -> CocoDetection:
+    """The data set of `content` with images of noise, at evaluation scale."""
+    annotations = read_annotations(write_json(folder / "instances.json", content))
+    return CocoDetection(write_images(folder / "images", content), annotations, eval_transform(scale, 1333), seed=0)
+
+
+def resolved(**settings: Any) -> DataConfig:
+    return Config(data=DataConfig(**settings)).resolve().data
+
+
+# The original's logic, written out: ConvertCocoPolysToMask, then RandomResize([800], max_size=1333), then Normalize.
+
+
+def original_objects(annotations: list[dict[str, Any]], width: int, height: int) -> tuple[Tensor, Tensor]:
+    annotations = [row for row in annotations if "iscrowd" not in row or row["iscrowd"] == 0]
+    boxes = torch.as_tensor([row["bbox"] for row in annotations], dtype=torch.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes[:, 0::2].clamp_(min=0, max=width)
+    boxes[:, 1::2].clamp_(min=0, max=height)
+    classes = torch.tensor([row["category_id"] for row in annotations], dtype=torch.int64)
+    keep = (boxes[:, 3] > boxes[:, 1]) & (boxes[:, 2] > boxes[:, 0])
+    return boxes[keep], classes[keep]
+
+
+def original_resize(picture: Image.Image, boxes: Tensor, size: int, max_size: int) -> tuple[Image.Image, Tensor]:
+    w, h = picture.size
+    low, high = float(min(w, h)), float(max(w, h))
+    if high / low * size > max_size:
+        size = int(round(max_size * low / high))
+    if not ((w <= h and w == size) or (h <= w and h == size)):
+        new = (size, int(size * h / w)) if w < h else (int(size * w / h), size)
+        resized = picture.resize(new, Image.Resampling.BILINEAR)
+    else:
+        resized = picture
+    x, y = (float(s) / float(s_orig) for s, s_orig in zip(resized.size, picture.size, strict=True))
+    return resized, boxes * torch.as_tensor([x, y, x, y])
+
+
+def original_normalised(boxes: Tensor, width: int, height: int) -> Tensor:
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    centred = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=-1)
+    return centred / torch.tensor([width, height, width, height], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_real_images_and_targets_are_the_originals(coco_mini: Path, split: str) -> None:
+    from pycocotools.coco import COCO
+
+    reference = COCO(coco_mini / "annotations" / f"instances_{split}2017.json")
+    val = build_validation(
+        resolved(root=str(coco_mini), label_space="coco91", validate_on_train=split == "train"),
+        build_datasets(resolved(root=str(coco_mini), label_space="coco91"), 0)[0].categories,
+        seed=0,
+    )
+    # validate_on_train keeps images without objects too: without a limit nothing is left out.
+    assert val.image_ids == sorted(reference.imgs)
+    for index, image_id in enumerate(val.image_ids):
+        picture = Image.open(coco_mini / f"{split}2017" / reference.imgs[image_id]["file_name"]).convert("RGB")
+        boxes, labels = original_objects(
+            reference.loadAnns(reference.getAnnIds(imgIds=[image_id])), picture.width, picture.height
+        )
+        raw, our_boxes, _ = val.load(index)
+        assert torch.equal(raw.permute(1, 2, 0), torch.from_numpy(np.array(picture)))
+        assert torch.equal(our_boxes, boxes)
+        if index % 4 == 0:  # resizing with Pillow is slow
+            ours, target = val[(0, index)]
+            resized, boxes = original_resize(picture, boxes, 800, 1333)
+            assert tuple(ours.shape[-2:]) == target.size == (resized.height, resized.width)
+            assert target.orig_size == (picture.height, picture.width)
+            difference = (ours.permute(1, 2, 0).int() - torch.from_numpy(np.array(resized)).int()).abs()
+            assert difference.max() <= 2 and difference.float().mean() < 0.1
+            assert torch.equal(target.boxes, original_normalised(boxes, resized.width, resized.height))
+            assert torch.equal(target.labels, labels)
+
+
+def test_real_training_samples_have_boxes_inside_the_image(coco_mini: Path) -> None:
+    train, _ = build_datasets(resolved(root=str(coco_mini)), seed=0)
+    assert len(train) == 80 and train.categories.num_classes == 80
+    for index in range(0, 80, 8):
+        pixels, target = train[(3, index)]
+        assert pixels.dtype == torch.uint8 and max(pixels.shape) <= 1333 and min(pixels.shape[-2:]) >= 300
+        left_top, right_bottom = (
+            target.boxes[:, :2] - target.boxes[:, 2:] / 2,
+            target.boxes[:, :2] + target.boxes[:, 2:] / 2,
+        )
+        assert (left_top > -1e-5).all() and (right_bottom < 1 + 1e-5).all() and (target.boxes[:, 2:] > 0).all()
+
+
+def test_strange_boxes_become_the_originals_targets(tmp_path: Path) -> None:
+    boxes = [
+        [-5, -5, 20, 20],
+        [30, 20, 99, 99],
+        [0.1, 0.2, 39.95, 29.9],
+        [39.9, 1, 50, 0.3],
+        [5, 5, 0, 9],
+        [50, 5, 9, 9],
+    ]
+    things = [thing(n, 1, box=box, category=1 + n % 2) for n, box in enumerate(boxes)] + [thing(9, 1, iscrowd=1)]
+    data = dataset(tmp_path, coco(None, things))
+    expected, labels = original_objects(things, 40, 30)
+    _, target = data[(0, 0)]
+    assert torch.equal(target.boxes, original_normalised(expected, 40, 30))
+    assert torch.equal(target.labels, labels - 1)
+    assert len(target.labels) == 4 and data.annotations.dropped == 2
+
+
+def test_images_without_objects_or_with_crowds_only_are_kept(tmp_path: Path) -> None:
+    data = dataset(tmp_path, coco([image(1), image(2)], [thing(1, 2, iscrowd=1)]))
+    assert len(data) == 2
+    for index in range(2):
+        _, target = data[(0, index)]
+        assert target.boxes.shape == (0, 4) and target.labels.shape == (0,)
+        assert target.boxes.dtype == torch.float32 and target.labels.dtype == torch.int64
+
+
+def test_targets_carry_the_data_sets_own_image_id(tmp_path: Path) -> None:
+    for number, ids in enumerate(([700, 3], ["b", "a"])):
+        data = dataset(tmp_path / str(number), coco([image(id) for id in ids], []))
+        assert data.image_ids == sorted(ids)
+        assert [data[(0, index)][1].image_id for index in range(2)] == sorted(ids)
+        assert type(data[(0, 0)][1].image_id) is type(ids[0])
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_only(tmp_path: Path) -> None:
+    data = dataset(tmp_path, coco([image(n) for n in range(3)], [thing(1, 0)]))
+    data.transform = train_transform((20, 25, 30, 35, 40), 100, 0.5, crop=True)
+    first = data[(4, 0)]
+    data[(5, 2)]
+    random.seed(3)
+    torch.manual_seed(3)
+    again = data[(4, 0)]
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1].boxes, again[1].boxes)
+    pictures = [data[(epoch, 0)][0] for epoch in range(12)]
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(pictures, pictures[1:], strict=False))
+    other = CocoDetection(data.folder, data.annotations, data.transform, seed=1)
+    seeds_differ = [a.shape != b.shape for a, b in ((data[(e, 0)][0], other[(e, 0)][0]) for e in range(12))]
+    assert any(seeds_differ)
+
+
+def test_ground_truth_is_renumbered_and_the_same_for_strange_ids(tmp_path: Path) -> None:
+    clean = dataset(tmp_path / "clean", coco([image(1), image(2)], [thing(1, 1), thing(2, 2, category=2, iscrowd=1)]))
+    strange = coco(
+        [image("a", file_name="1.png"), image("b", file_name="2.png")],
+        [thing(0, "a", category=0, area=200.0, iscrowd=0), thing(10**15, "b", category=77, iscrowd=1)],
+        [{"id": 77, "name": "dog"}, {"id": 0, "name": "cat"}],
+    )
+    truth = dataset(tmp_path / "strange", strange).ground_truth()
+    assert truth == clean.ground_truth()
+    assert [entry["id"] for entry in truth["images"]] == [1, 2]
+    assert [(entry["id"], entry["name"]) for entry in truth["categories"]] == [(1, "cat"), (2, "dog")]
+    assert truth["annotations"] == [
+        {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 5, 20, 10], "area": 200, "iscrowd": 0},
+        {"id": 2, "image_id": 2, "category_id": 2, "bbox": [10, 5, 20, 10], "area": 200, "iscrowd": 1},
+    ]
+
+
+def test_a_data_set_can_be_sent_to_spawned_workers(tmp_path: Path) -> None:
+    data = dataset(tmp_path, coco())
+    copied = pickle.loads(pickle.dumps(data))
+    assert torch.equal(copied[(0, 1)][0], data[(0, 1)][0])
+    assert copied.categories == data.categories
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda path: path.unlink(), "does not exist: restore"),
+        (lambda path: path.write_bytes(b""), "is empty: replace"),
+        (lambda path: path.write_bytes(path.read_bytes()[:300]), "replace the file"),
+        (lambda path: path.write_text("<html>404</html>"), "is no JPEG"),
+        (lambda path: Image.new("RGB", (30, 40)).save(path), "height 40, but 30 in the annotations"),
+    ],
+)
+def test_bad_images_are_refused_with_id_and_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, expected: str
+) -> None:
+    monkeypatch.setattr(image_files, "RETRY_SECONDS", ())
+    data = dataset(tmp_path, coco([image(1), image(4711)], []))
+    damage(tmp_path / "images" / "4711.png")
+    data[(0, 0)]
+    with pytest.raises(UserError, match=rf"image 4711: .*4711\.png .*{expected}"):
+        data[(0, 1)]
+
+
+def test_entries_without_a_size_accept_any_image(tmp_path: Path) -> None:
+    data = dataset(tmp_path, coco([{"id": 1, "file_name": "a.png"}], [thing(1, 1, box=[30, 5, 50, 5])]))
+    assert data[(0, 0)][1].boxes[0].tolist() == pytest.approx([35 / 40, 7.5 / 30, 10 / 40, 5 / 30])
+
+
+# build_datasets
+
+
+def several(count: int) -> dict[str, Any]:
+    """`count` images; every second one has an object."""
+    return coco([image(n) for n in range(count)], [thing(n, n) for n in range(1, count, 2)])
+
+
+def test_a_root_in_cocos_layout_is_read(tmp_path: Path) -> None:
+    train, val = build_datasets(resolved(root=str(write_root(tmp_path, several(6), several(4)))), seed=0)
+    assert (len(train), len(val)) == (6, 4)
+    assert min(val[(0, 0)][0].shape[-2:]) == 800
+    assert val.transform.keywords == {"scale": 800, "max_size": 1333}
+    assert train.transform.keywords["crop"] is True
+
+
+def test_explicit_paths_override_the_root_one_by_one(tmp_path: Path) -> None:
+    write_root(tmp_path / "a", several(6), several(4))
+    write_root(tmp_path / "b", several(5), several(3))
+    data = resolved(root=str(tmp_path / "a"), scales=(16,))
+    for settings, sizes in (
+        ({"train_annotations": "annotations/instances_train2017.json", "train_images": "train2017"}, (5, 4)),
+        ({"val_annotations": "annotations/instances_val2017.json", "val_images": "val2017"}, (6, 3)),
+    ):
+        paths = {name: str(tmp_path / "b" / path) for name, path in settings.items()}
+        train, val = build_datasets(replace(data, **paths), seed=0)
+        assert (len(train), len(val)) == sizes
+        folders = (train.folder.parent.name, val.folder.parent.name)
+        assert folders == (("b", "a") if "train_images" in settings else ("a", "b"))
+
+
+def test_all_four_paths_work_without_a_root(tmp_path: Path) -> None:
+    write_root(tmp_path, several(6), several(4))
+    data = resolved(
+        train_images=str(tmp_path / "train2017"),
+        val_images=str(tmp_path / "val2017"),
+        train_annotations=str(tmp_path / "annotations" / "instances_train2017.json"),
+        val_annotations=str(tmp_path / "annotations" / "instances_val2017.json"),
+    )
+    assert [len(part) for part in build_datasets(data, 0)] == [6, 4]
+
+
+def test_limits_take_the_first_images_and_training_those_with_objects(tmp_path: Path) -> None:
+    root = write_root(tmp_path, several(8), several(8))
+    train, val = build_datasets(resolved(root=str(root), train_limit=2, val_limit=3), seed=0)
+    assert train.image_ids == [1, 3]
+    assert val.image_ids == [0, 1, 2]
+
+
+def test_validate_on_train_evaluates_the_same_images(tmp_path: Path) -> None:
+    root = write_root(tmp_path, several(8), several(2))
+    train, val = build_datasets(resolved(root=str(root), train_limit=3, validate_on_train=True), seed=0)
+    assert val.image_ids == train.image_ids == [1, 3, 5]
+    assert "scale" in val.transform.keywords
+    shutil.rmtree(root / "val2017")
+    assert len(build_validation(resolved(root=str(root), validate_on_train=True), train.categories, 0)) == 8
+
+
+@pytest.mark.parametrize(
+    ("gone", "flag"),
+    [
+        ("train2017", "--data.train-images"),
+        ("val2017", "--data.val-images"),
+        ("annotations/instances_train2017.json", "--data.train-annotations"),
+        ("annotations/instances_val2017.json", "--data.val-annotations"),
+    ],
+)
+def test_missing_parts_name_path_and_flag(tmp_path: Path, gone: str, flag: str) -> None:
+    path = write_root(tmp_path, several(2), several(2)) / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UserError, match=f"{path} .*--data.root or {flag}"):
+        build_datasets(resolved(root=str(tmp_path)), seed=0)
+
+
+def test_validation_with_other_categories_is_refused(tmp_path: Path) -> None:
+    val = several(2) | {"categories": [{"id": 1, "name": "cat"}, {"id": 5, "name": "cow"}]}
+    val["annotations"].append(thing(99, 0, category=5))
+    root = write_root(tmp_path, several(2), val)
+    with pytest.raises(UserError, match=r"instances_val2017\.json: 1 annotations .* training annotations \(99\)"):
+        build_datasets(resolved(root=str(root)), seed=0)
+
+
+def test_a_moved_linked_and_read_only_folder_gives_the_same_samples(tmp_path: Path) -> None:
+    root = write_root(tmp_path / "a", several(4), several(2))
+    first = build_datasets(resolved(root=str(root)), seed=0)[0][(0, 1)]
+    root.rename(tmp_path / "b")
+    os.symlink(tmp_path / "b", tmp_path / "link")
+    for folder in (tmp_path / "b" / "train2017", tmp_path / "b" / "annotations", tmp_path / "b"):
+        folder.chmod(0o500)
+    try:
+        again = build_datasets(resolved(root=str(tmp_path / "link")), seed=0)[0][(0, 1)]
+    finally:
+        (tmp_path / "b").chmod(0o700)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1].boxes, again[1].boxes)

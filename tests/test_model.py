@@ -1,0 +1,196 @@
+"""The model beyond the golden numbers: DC5, padding, recomputation, freezing, weights, and transformers' DETR."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from detr_fabric.batch import ImageBatch, normalize, pad_images
+from detr_fabric.config import AttnConfig, Config, ModelConfig
+from detr_fabric.errors import UserError
+from detr_fabric.model.backbone import Backbone, dilate, load_backbone_weights
+from detr_fabric.model.detr import DETR, build_model
+from detr_fabric.model.position import LearnedPosition
+
+SMALL = dict(hidden_dim=32, heads=4, enc_layers=2, dec_layers=3, dim_feedforward=64, num_queries=12, dropout=0.0)
+
+
+def small_detr(num_classes: int = 5, **changes: object) -> DETR:
+    torch.manual_seed(0)
+    model = ModelConfig(**{"backbone": "resnet18", "backbone_weights": "none", "norm": "frozen", **SMALL, **changes})
+    config = Config(model=model).resolve()
+    return build_model(config.model, config.attn, num_classes)
+
+
+def noise(*sizes: tuple[int, int]) -> ImageBatch:
+    generator = torch.Generator().manual_seed(1)
+    return normalize(
+        pad_images([torch.randint(0, 256, (3, *s), dtype=torch.uint8, generator=generator) for s in sizes])
+    )
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101"])
+def test_dc5_computes_the_strided_features_and_those_between(name: str) -> None:
+    torch.manual_seed(0)
+    strided = Backbone(name).eval()
+    dilated = Backbone(name, dilation=True).eval()
+    dilated.load_state_dict(strided.state_dict())
+    images, mask = torch.randn(1, 3, 64, 96), torch.zeros(1, 64, 96, dtype=torch.bool)
+    with torch.no_grad():
+        coarse, fine = strided(images, mask)[0], dilated(images, mask)[0]
+    assert fine.shape[-2:] == (4, 6)
+    torch.testing.assert_close(fine[..., ::2, ::2], coarse, rtol=1e-4, atol=1e-4 * float(coarse.abs().max()))
+
+
+def test_dc5_of_a_bottleneck_is_torchvisions() -> None:
+    ours = torchvision.models.resnet50(weights=None).layer4
+    dilate(ours)
+    theirs = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=[False, False, True]).layer4
+
+    def geometry(stage: nn.Module) -> list[tuple[object, ...]]:
+        convs = [m for m in stage.modules() if isinstance(m, nn.Conv2d)]
+        return [(conv.stride, conv.padding, conv.dilation, conv.kernel_size) for conv in convs]
+
+    assert geometry(ours) == geometry(theirs)
+
+
+@pytest.mark.parametrize("stage, stride", [("layer1", 4), ("layer2", 8), ("layer3", 16), ("layer4", 32)])
+def test_features_of_the_chosen_stage_reach_the_transformer(stage: str, stride: int) -> None:
+    model = small_detr(last_stage=stage)
+    batch = noise((96, 64))
+    features, mask = model.backbone[0](*batch)
+    assert features.shape == (1, 64 * stride // 4, 96 // stride, 64 // stride)
+    assert mask.shape == features.shape[:1] + features.shape[2:]
+    assert model(*batch).pred_boxes.shape == (3, 1, 12, 4)
+
+
+def test_an_image_is_seen_the_same_alone_and_inside_a_padded_batch_of_equal_features() -> None:
+    """Padding to a multiple of the stride changes nothing but the border that convolutions see as zeros anyway."""
+    model = small_detr().eval()
+    alone = noise((64, 96))
+    padded = ImageBatch(
+        torch.nn.functional.pad(alone.images, (0, 64, 0, 32)),
+        torch.nn.functional.pad(alone.mask, (0, 64, 0, 32), value=True),
+    )
+    with torch.no_grad():
+        features, mask = model.backbone[0](*alone)
+        padded_features, padded_mask = model.backbone[0](*padded)
+        assert torch.equal(~padded_mask, torch.nn.functional.pad(~mask, (0, 2, 0, 1)))
+        positions = model.backbone[1](mask)
+        torch.testing.assert_close(model.backbone[1](padded_mask)[..., :2, :3], positions)
+        queries = model.query_embed.weight
+
+        def tokens(x: Tensor) -> Tensor:
+            return x.flatten(2).transpose(1, 2)
+
+        src = model.input_proj(features)
+        hs, _ = model.transformer(tokens(src), mask.flatten(1), queries, tokens(positions))
+        wide = torch.randn(*src.shape[:2], 3, 5)
+        wide[..., :2, :3] = src
+        pos = model.backbone[1](padded_mask)
+        padded_hs, _ = model.transformer(tokens(wide), padded_mask.flatten(1), queries, tokens(pos))
+    torch.testing.assert_close(padded_hs, hs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(pre_norm: bool) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = small_detr(gradient_checkpointing=recompute, pre_norm=pre_norm, dropout=0.1).train()
+        torch.manual_seed(3)
+        outputs = model(*noise((64, 64), (32, 64)))
+        (outputs.pred_boxes.sum() + outputs.pred_logits.square().sum()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_frozen_parts_have_no_gradient_and_their_statistics_stand_still() -> None:
+    model = small_detr(norm="batch", freeze=("stem", "layer1", "decoder")).train()
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    model(*noise((64, 64))).pred_boxes.sum().backward()
+    for name, p in model.named_parameters():
+        frozen = re.search(r"body\.(conv1|bn1|layer1)|transformer\.decoder|query_embed", name) is not None
+        assert p.requires_grad != frozen, name
+    moved = {
+        name for name, b in model.named_buffers() if name.endswith("running_mean") and not torch.equal(b, before[name])
+    }
+    assert moved and not any(re.search(r"body\.(bn1|layer1)", name) for name in moved)
+
+
+def test_learned_positions_beyond_50_are_a_user_error() -> None:
+    with pytest.raises(UserError, match="--model.position sine"):
+        LearnedPosition(32)(torch.zeros(1, 51, 4, dtype=torch.bool))
+
+
+def test_backbone_weights_load_from_a_file_and_the_classifier_is_ignored(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    imagenet = torchvision.models.resnet18(weights=None)
+    torch.save(imagenet.state_dict(), tmp_path / "r18.pth")
+    body = Backbone("resnet18").body
+    load_backbone_weights(body, "resnet18", str(tmp_path / "r18.pth"))
+    assert torch.equal(body.layer4[1].conv2.weight, imagenet.layer4[1].conv2.weight)
+    assert torch.equal(body.bn1.running_var, imagenet.bn1.running_var)
+
+
+def test_wrong_backbone_weights_are_refused_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = Backbone("resnet18").body
+    torch.save(torchvision.models.resnet34(weights=None).state_dict(), tmp_path / "r34.pth")
+    load_backbone_weights(body, "resnet18", str(tmp_path / "r34.pth"))  # a resnet34 holds a resnet18's names
+    torch.save(torchvision.models.resnet50(weights=None).state_dict(), tmp_path / "r50.pth")
+    with pytest.raises(UserError, match="not the weights of a resnet18"):
+        load_backbone_weights(body, "resnet18", str(tmp_path / "r50.pth"))
+    (tmp_path / "page.pth").write_text("<html>")
+    with pytest.raises(UserError, match="not a file of weights"):
+        load_backbone_weights(body, "resnet18", str(tmp_path / "page.pth"))
+    with pytest.raises(UserError, match="IMAGENET1K_V1"):
+        load_backbone_weights(body, "resnet18", "IMAGENET1K_V9")
+
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(UserError, match="resnet18-.*pth.*--model.backbone-weights FILE"):
+        load_backbone_weights(body, "resnet18", "IMAGENET1K_V1")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_outputs_equal_transformers_on_a_padded_batch(name: str) -> None:
+    pytest.importorskip("transformers")
+    from detr_fabric.benchmark.peer import transformers_detr
+
+    config = ModelConfig(backbone=name, backbone_weights="none", norm="frozen", **SMALL)
+    torch.manual_seed(0)
+    model = build_model(config, AttnConfig(), num_classes=5).eval()
+    for module in model.modules():  # statistics that matter, or equal names could be mapped wrongly
+        if isinstance(module, torchvision.ops.FrozenBatchNorm2d):
+            for buffer in (module.weight, module.bias, module.running_mean, module.running_var):
+                buffer.uniform_(0.5, 1.0)
+    peer = transformers_detr(model, config, num_classes=5).eval()
+    batch = noise((96, 128), (128, 80))
+    with torch.no_grad():
+        ours = model(*batch)
+        theirs = peer(pixel_values=batch.images, pixel_mask=(~batch.mask).long())
+    torch.testing.assert_close(ours.pred_logits[-1], theirs.logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours.pred_boxes[-1], theirs.pred_boxes, rtol=0, atol=1e-4)
+    assert float(ours.pred_boxes.std()) > 1e-3
+
+
+def test_attention_sites_follow_the_attention_config() -> None:
+    config = Config(attn=AttnConfig(kind="sparsemax", decoder_self="softmax")).resolve()
+    with torch.device("meta"):
+        model = build_model(config.model, config.attn, 3)
+    layer = model.transformer.decoder.layers[0]
+    kinds = (
+        model.transformer.encoder.layers[0].self_attn.mapping,
+        layer.self_attn.mapping,
+        layer.multihead_attn.mapping,
+    )
+    assert kinds == ("sparsemax", "softmax", "sparsemax")

@@ -1,0 +1,294 @@
+"""Training as a user starts it: one process or two, from start to finish, interrupted, and with mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+
+from detr_fabric.batch import Target, pad_images
+from detr_fabric.cli import load_preset
+from detr_fabric.config import OptimConfig
+from detr_fabric.launch import launched
+from detr_fabric.loop import MicroBatch, State, training_step
+from detr_fabric.loss.criterion import SetCriterion
+from detr_fabric.model.detr import DETR
+from detr_fabric.optimizer import build_optimizer, build_scheduler
+from detr_fabric.signals import Preemption
+from tests.offline_wandb import read_run
+from tests.processes import python, records, torchrun, train
+from tests.test_model import small_detr
+
+DEBUG = ("--preset", "debug")
+EXACT = ("--model.dropout", "0", "--model.norm", "frozen", "--train.max-steps", "4", "--train.log-every", "1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder with one finished run of the debug preset, "first"."""
+    folder = tmp_path_factory.mktemp("user")
+    done = train(*DEBUG, "--train.run-dir", "first", cwd=folder, XDG_CACHE_HOME=str(folder / "cache"))
+    assert done.returncode == 0, done.stderr
+    (folder / "first.txt").write_text(done.stdout)
+    return folder
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint, weights_only=True)["model"]
+
+
+def test_a_run_says_what_it_does_and_leaves_its_records(folder: Path) -> None:
+    said = (folder / "first.txt").read_text()
+    assert "built-in synthetic shapes" in said and "trained batch norm" in said and "AP50" in said
+    run = folder / "first"
+    for name in ("config.json", "log.jsonl", "last.ckpt", "best.ckpt", "evaluation.json", "panel.png"):
+        assert (run / name).stat().st_size > 0, name
+    steps = [record["step"] for record in records(run) if "train/loss" in record]
+    assert steps == list(range(2, 17, 2))
+    record = records(run)[0]
+    raw = {name: record[f"train/{name}"] for name in ("loss_ce", "loss_ce_0", "loss_bbox", "loss_bbox_0", "loss_giou")}
+    assert record["train/weighted/loss_bbox_0"] == pytest.approx(5 * raw["loss_bbox_0"])
+    weighted = [value for name, value in record.items() if name.startswith("train/weighted/")]
+    assert len(weighted) == 6 and sum(weighted) == pytest.approx(record["train/loss"], rel=1e-5)
+    for name in ("lr/transformer", "lr/backbone", "grad_norm", "images_per_second", "data_wait", "memory_gb", "epoch"):
+        assert record[name] >= 0
+    assert {f"val/{name}" for name in ("AP", "AP50", "AR100", "AP_class/triangle")} <= records(run)[-1].keys()
+
+
+def test_evaluate_needs_only_the_checkpoint_and_agrees_with_training(folder: Path) -> None:
+    args = ("-m", "detr_fabric.evaluate", "first/last.ckpt", "--out", "scores.json", "--eval.backend", "pycocotools")
+    done = python(*args, cwd=folder, XDG_CACHE_HOME=str(folder / "cache"))
+    assert done.returncode == 0, done.stderr
+    again = json.loads((folder / "scores.json").read_text())
+    before = json.loads((folder / "first" / "evaluation.json").read_text())
+    assert again["AP_class"].keys() == before["AP_class"].keys() == {"rectangle", "ellipse", "triangle"}
+    for name in ("AP", "AP50", "AR100", "ARs"):
+        assert again[name] == pytest.approx(before[name], abs=1e-9)
+
+
+def test_a_run_resumed_inside_an_epoch_equals_one_that_never_stopped(folder: Path) -> None:
+    cache = str(folder / "cache")
+    stopped = train(*DEBUG, "--train.run-dir", "cut", "--train.max-steps", "5", cwd=folder, XDG_CACHE_HOME=cache)
+    assert stopped.returncode == 0, stopped.stderr
+    resumed = train(
+        *DEBUG,
+        "--train.run-dir",
+        "cut",
+        "--data.workers",
+        "2",
+        "--train.resume",
+        "auto",
+        cwd=folder,
+        XDG_CACHE_HOME=cache,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed at step 5" in resumed.stdout
+    first, cut = weights(folder / "first" / "last.ckpt"), weights(folder / "cut" / "last.ckpt")
+    assert all(torch.equal(first[name], cut[name]) for name in first)
+    losses = [
+        {r["step"]: r["train/loss"] for r in records(folder / run) if "train/loss" in r} for run in ("first", "cut")
+    ]
+    assert losses[0].items() <= losses[1].items()
+    over = train(*DEBUG, "--train.run-dir", "cut", cwd=folder, XDG_CACHE_HOME=cache)
+    assert over.returncode == 2 and "nothing is left" in over.stderr and "Traceback" not in over.stderr
+
+
+def test_two_processes_train_like_one_with_twice_the_batch(folder: Path) -> None:
+    cache = str(folder / "cache")
+    one = train(*DEBUG, *EXACT, "--train.run-dir", "one", "--train.batch-size", "8", cwd=folder, XDG_CACHE_HOME=cache)
+    args = (*DEBUG, *EXACT, "--train.batch-size", "4")
+    two = torchrun(2, *args, "--train.run-dir", "two", cwd=folder, XDG_CACHE_HOME=cache)
+    own = train(*args, "--train.devices", "2", "--train.run-dir", "own", cwd=folder, XDG_CACHE_HOME=cache)
+    for done in (one, two, own):
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("built-in synthetic shapes") == 1
+    reference = weights(folder / "one" / "last.ckpt")
+    for run in ("two", "own"):
+        for name, value in weights(folder / run / "last.ckpt").items():
+            torch.testing.assert_close(value, reference[name], rtol=0, atol=1e-5, msg=f"{run} {name}")
+        losses = [[r["train/loss"] for r in records(folder / r_) if "train/loss" in r] for r_ in ("one", run)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        scores = [json.loads((folder / r_ / "evaluation.json").read_text()) for r_ in ("one", run)]
+        assert scores[1]["AR100"] == pytest.approx(scores[0]["AR100"], abs=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_with_one_message(folder: Path) -> None:
+    args = (
+        *DEBUG,
+        "--optim.lr",
+        "1e30",
+        "--optim.clip-max-norm",
+        "0",
+        "--train.batch-size",
+        "4",
+        "--train.run-dir",
+        "nan",
+    )
+    done = torchrun(2, *args, cwd=folder, XDG_CACHE_HOME=str(folder / "cache"))
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and "step 2" in said[0] and "images" in said[0] and "--optim.lr" in said[0]
+    numbers = said[0].split("images ")[1].split(";")[0].split(", ")
+    assert len(numbers) == len(set(numbers)) == 8 and all(number.isdigit() for number in numbers)
+    assert not (folder / "nan" / "last.ckpt").exists()
+
+
+def test_bad_data_is_one_sentence_and_no_run_folder(folder: Path) -> None:
+    (folder / "annotations").mkdir(exist_ok=True)
+    (folder / "val2017").mkdir(exist_ok=True)
+    (folder / "train2017").mkdir(exist_ok=True)
+    (folder / "annotations" / "instances_train2017.json").write_text('{"images": [')
+    for root, words in (("nowhere", "nowhere"), (".", "instances_train2017.json")):
+        done = train(
+            *DEBUG, "--data.root", root, "--model.backbone-weights", "none", "--train.run-dir", "bad", cwd=folder
+        )
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr
+        assert not (folder / "bad").exists()
+
+
+def test_an_unreadable_image_stops_the_run_with_its_name(folder: Path) -> None:
+    data = folder / "broken"
+    done = train(*DEBUG, "--train.max-steps", "1", "--data.shapes-dir", str(data), "--train.run-dir", "x", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    images = sorted(data.rglob("train2017/*.jpg"))
+    for image in images:
+        image.write_bytes(b"<html>")
+    root = images[0].parents[1]
+    args = ("--data.root", str(root), "--model.backbone-weights", "none", "--data.workers", "1", "--train.run-dir", "y")
+    done = train(*DEBUG, *args, cwd=folder)
+    assert done.returncode == 2, done.stderr
+    assert ".jpg" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_offline_wandb_run_holds_everything(folder: Path) -> None:
+    args = (*DEBUG, "--wandb.mode", "offline", "--train.run-dir", "logged", "--train.max-steps", "4")
+    done = train(*args, cwd=folder, XDG_CACHE_HOME=str(folder / "cache"))
+    assert done.returncode == 0, done.stderr
+    (file,) = (folder / "logged").rglob("run-*.wandb")
+    run = read_run(file)
+    logged = {name for row in run.history for name in row}
+    assert {"train/loss", "train/loss_ce_0", "train/weighted/loss_giou", "lr/backbone", "grad_norm"} <= logged
+    assert {"images_per_second", "memory_gb", "val/AP", "val/AP_class/ellipse", "val/panel", "val/AP_table"} <= logged
+    assert run.config["model"]["backbone"] == "resnet18" and run.config["parameters"]["trainable"] > 0
+    assert "git_commit" in run.config
+    assert torch.load(folder / "logged" / "last.ckpt", weights_only=True)["state"]["wandb_run_id"] == run.id
+
+
+def small_batch() -> list[MicroBatch]:
+    """Eight images of different sizes, one without objects, each as a batch of its own."""
+    generator = torch.Generator().manual_seed(7)
+    batches = []
+    for i in range(8):
+        image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=generator)
+        boxes = 0.3 + 0.3 * torch.rand(i % 4, 4, generator=generator)
+        labels = torch.randint(0, 5, (i % 4,), generator=generator)
+        batches.append((pad_images([image]), [Target(labels, boxes, i, (64, 64), (64, 64))]))
+    return batches
+
+
+def gradients(model: DETR, micro_batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
+    """The gradient that a training step hands to the optimizer."""
+    fabric = Fabric(accelerator="cpu", devices=1)
+    cfg = load_preset("debug").resolve()
+    optimizer = build_optimizer(model, OptimConfig())
+    wrapped, optimizer = fabric.setup(model, optimizer)
+    optimizer.zero_grad = lambda: None
+    run = SimpleNamespace(
+        cfg=cfg,
+        fabric=fabric,
+        model=wrapped,
+        criterion=SetCriterion(5),
+        optimizer=optimizer,
+        state=State(),
+        preemption=Preemption(),
+    )
+    object.__setattr__(cfg.optim, "clip_max_norm", 0.0)
+    training_step(run, micro_batches)
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_four_accumulated_batches_of_two_give_the_gradient_of_one_of_eight() -> None:
+    images = small_batch()
+
+    def joined(parts: list[MicroBatch]) -> MicroBatch:
+        return pad_images([b.images[0] for b, _ in parts]), [t for _, targets in parts for t in targets]
+
+    whole = gradients(small_detr(), [joined(images)])
+    split = gradients(small_detr(), [joined(images[i : i + 2]) for i in range(0, 8, 2)])
+    assert whole.keys() == split.keys() and len(whole) > 50
+    for name, gradient in whole.items():
+        torch.testing.assert_close(split[name], gradient, rtol=1e-5, atol=1e-5 * max(1.0, float(gradient.abs().max())))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("step", {0: 1, 9: 1, 10: 0.1, 20: 0.01}), ("one-cycle", {0: 0.25, 3: 1, 40: 0}), ("constant", {0: 1, 39: 1})],
+)
+def test_learning_rates_follow_the_schedule(schedule: str, expected: dict[int, float]) -> None:
+    model = small_detr()
+    optim = OptimConfig(lr=1.0, lr_backbone=0.5, schedule=schedule, lr_drop=2)
+    optimizer = build_optimizer(model, optim)
+    scheduler = build_scheduler(optimizer, optim, steps_per_epoch=5, total_steps=40)
+    rates = []
+    for _ in range(41):
+        rates.append(scheduler.get_last_lr())
+        optimizer.step()
+        scheduler.step()
+    for step, factor in expected.items():
+        assert rates[step] == pytest.approx([factor, 0.5 * factor])
+
+
+def test_torchrun_and_slurm_decide_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    for name, value in (("RANK", "0"), ("GROUP_RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert launched() == (2, 6)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    monkeypatch.setenv("SLURM_JOB_NAME", "detr")
+    assert launched() == (2, 4)
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")
+    assert launched() is None
+
+
+def test_real_images_train_evaluate_and_resume(coco_mini: Path, tmp_path: Path) -> None:
+    args = (
+        "--preset",
+        "r18_coco",
+        "--data.root",
+        str(coco_mini),
+        "--data.scales",
+        "128",
+        "160",
+        "--data.max-size",
+        "200",
+    )
+    args += (
+        "--model.backbone-weights",
+        "none",
+        "--model.enc-layers",
+        "1",
+        "--model.dec-layers",
+        "2",
+        "--wandb.mode",
+        "disabled",
+    )
+    args += ("--train.run-dir", "run", "--train.log-every", "1", "--data.val-limit", "12", "--data.workers", "1")
+    first = train(*args, "--train.max-steps", "3", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "80 training and 12 validation images" in first.stdout
+    resumed = train(*args, "--train.max-steps", "5", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [r["step"] for r in records(tmp_path / "run") if "train/loss" in r] == [1, 2, 3, 4, 5]
+    done = python("-m", "detr_fabric.evaluate", "run/last.ckpt", cwd=tmp_path)
+    assert done.returncode == 0 and "AP50" in done.stdout and "AP of person" in done.stdout, done.stderr

@@ -1,0 +1,183 @@
+"""Augmentations: golden sizes and boxes of the original, pixels beside Pillow's, randomness from one generator."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from detr_fabric.boxes import xyxy_to_cxcywh
+from detr_fabric.config import COCO_SCALES
+from detr_fabric.data.transforms import (
+    crop_region,
+    eval_transform,
+    hflip,
+    random_region,
+    resize,
+    resized_size,
+    train_transform,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "box_transforms.json").read_text())
+
+
+def blank(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    boxes = torch.tensor(case["target"]["boxes"]).reshape(-1, 4)
+    return (
+        torch.zeros(3, case["height"], case["width"], dtype=torch.uint8),
+        boxes,
+        torch.tensor(case["target"]["labels"]),
+    )
+
+
+def assert_is(expected: dict[str, Any], image: Tensor, boxes: Tensor, labels: Tensor | None = None) -> None:
+    assert list(image.shape[-2:]) == expected["size"]
+    torch.testing.assert_close(boxes, torch.tensor(expected["boxes"]).reshape(-1, 4), rtol=0, atol=0)
+    if labels is not None:
+        assert labels.tolist() == expected["labels"]
+
+
+def picture(height: int, width: int) -> Tensor:
+    """A smooth picture with some noise, so that resampling has something to get wrong."""
+    rng = np.random.default_rng(height * width)
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([np.sin(x / 7 + c) * np.cos(y / 11) for c in range(3)])
+    return torch.from_numpy((127 + 90 * waves + rng.normal(0, 10, waves.shape)).clip(0, 255).astype(np.uint8))
+
+
+def test_sizes_after_resizing_are_the_originals() -> None:
+    rows = json.loads((GOLDEN / "resize_sizes.json").read_text())["rows"]
+    assert len(rows) > 20
+    for width, height, size, max_size, new_width, new_height in rows:
+        assert resized_size(height, width, size, max_size) == (new_height, new_width)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_flip_is_the_originals(case: dict[str, Any]) -> None:
+    image, boxes, _ = blank(case)
+    assert_is(case["hflip"], *hflip(image, boxes))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_crop_is_the_originals_and_drops_boxes_without_area(case: dict[str, Any]) -> None:
+    top, left, height, width = case["region_top_left_height_width"]
+    assert_is(case["crop"], *crop_region(*blank(case), (top, left, height, width)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resize_and_normalised_boxes_are_the_originals(case: dict[str, Any]) -> None:
+    image, boxes, _ = blank(case)
+    image, boxes = resize(image, boxes, 320, 500)
+    assert_is(case["resize_320_500"], image, boxes)
+    height, width = image.shape[-2:]
+    normalised = xyxy_to_cxcywh(boxes) / boxes.new_tensor([width, height, width, height])
+    assert_is(case["normalized_after_resize"], image, normalised)
+
+
+def test_golden_crops_include_dropped_boxes() -> None:
+    assert any(len(case["crop"]["labels"]) < len(case["target"]["labels"]) for case in CASES)
+
+
+def test_flip_mirrors_pixels_and_boxes_alike() -> None:
+    image = torch.zeros(3, 8, 10, dtype=torch.uint8)
+    image[:, 2:5, 1:4] = 255
+    flipped, boxes = hflip(image, torch.tensor([[1.0, 2, 4, 5]]))
+    left, top, right, bottom = boxes[0].int().tolist()
+    assert flipped[:, top:bottom, left:right].min() == 255
+    assert (flipped > 0).sum() == (image > 0).sum()
+
+
+def test_crop_is_a_view_with_the_pixels_under_the_box() -> None:
+    image = picture(50, 60)
+    cropped, boxes, _ = crop_region(image, torch.tensor([[20.0, 20, 30, 40]]), torch.tensor([0]), (10, 15, 35, 30))
+    assert cropped.data_ptr() == image[:, 10:, 15:].data_ptr()
+    assert boxes.tolist() == [[5, 10, 15, 30]]
+    torch.testing.assert_close(cropped[:, 10:30, 5:15], image[:, 20:40, 20:30])
+
+
+@pytest.mark.parametrize("size", [(97, 140), (300, 200), (64, 64)])
+@pytest.mark.parametrize("target", [48, 160])
+def test_resized_pixels_are_pillows_to_two_levels(size: tuple[int, int], target: int) -> None:
+    image = picture(*size)
+    ours, _ = resize(image, torch.zeros(0, 4), target, 1333)
+    height, width = ours.shape[-2:]
+    pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BILINEAR)
+    difference = (ours.permute(1, 2, 0).int() - torch.from_numpy(np.array(pillow)).int()).abs()
+    assert difference.max() <= 2
+    assert difference.float().mean() < 0.1
+
+
+def test_resizing_to_the_same_size_returns_the_image_itself() -> None:
+    image, boxes = picture(64, 80), torch.tensor([[1.0, 2, 3, 4]])
+    assert resize(image, boxes, 64, 1333)[0] is image
+    assert eval_transform(64, 128)(image, boxes, torch.tensor([0]), random.Random(0))[0] is image
+
+
+def test_extreme_shapes_keep_at_least_one_pixel_a_side() -> None:
+    assert resized_size(1, 60000, 800, 1333) == (1, 60000)
+    assert resized_size(2, 60000, 800, 1333) == (1, 30000)
+    image = torch.zeros(3, 1, 5000, dtype=torch.uint8)
+    augment = train_transform((64,), 128, 0.5, crop=True)
+    for seed in range(8):
+        augmented, _, _ = augment(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), random.Random(seed))
+        assert min(augmented.shape[-2:]) >= 1
+
+
+def test_random_regions_have_the_originals_sides_and_stay_inside() -> None:
+    image = torch.empty(3, 500, 900)
+    regions = [random_region(image, random.Random(seed)) for seed in range(400)]
+    heights, widths = {h for _, _, h, _ in regions}, {w for _, _, _, w in regions}
+    assert (min(heights), max(heights)) == (384, 500)
+    assert (min(widths), max(widths)) == (384, 600)
+    assert all(top >= 0 and left >= 0 and top + h <= 500 and left + w <= 900 for top, left, h, w in regions)
+
+
+def test_training_augmentation_has_the_originals_frequencies() -> None:
+    image, boxes, labels = (
+        torch.zeros(3, 50, 60, dtype=torch.uint8),
+        torch.tensor([[0.0, 0, 30, 50]]),
+        torch.tensor([7]),
+    )
+    flipped = cropped = 0
+    scales = set()
+    for seed in range(300):
+        # A flip alone moves the box of the left half to the right half.
+        _, moved, _ = train_transform((50,), 100, 0.5, crop=False)(image, boxes, labels, random.Random(seed))
+        flipped += moved[0, 0].item() == 30
+        resized, _, _ = train_transform((32, 40, 48), 100, 0.0, crop=True)(image, boxes, labels, random.Random(seed))
+        cropped += tuple(resized.shape[-2:]) not in {(32, 38), (40, 48), (48, 57)}
+        scales.add(min(resized.shape[-2:]))
+    assert 120 < flipped < 180
+    assert 100 < cropped < 180  # some crops have the proportions of the image
+    assert scales == {32, 40, 48}
+
+
+def test_augmentation_is_a_function_of_its_generator_alone() -> None:
+    image, boxes = picture(120, 160), torch.tensor([[10.0, 10, 90, 80]])
+    augment = train_transform((64, 80, 96), 128, 0.5, crop=True)
+    random.seed(1)
+    torch.manual_seed(1)
+    first = augment(image, boxes, torch.tensor([3]), random.Random("a"))
+    state, torch_state = random.getstate(), torch.get_rng_state()
+    second = augment(image, boxes, torch.tensor([3]), random.Random("a"))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert random.getstate() == state
+    assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+def test_transforms_can_be_sent_to_spawned_workers() -> None:
+    image, boxes, labels = picture(60, 80), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    for transform in (train_transform(COCO_SCALES, 1333, 0.5, True), eval_transform(800, 1333)):
+        copy = pickle.loads(pickle.dumps(transform))
+        ours, theirs = transform(image, boxes, labels, random.Random(5)), copy(image, boxes, labels, random.Random(5))
+        assert torch.equal(ours[0], theirs[0])
