@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from detr_fabric.data.annotations import Annotations, inspect_annotations, read_annotations
 from detr_fabric.data.categories import Categories
+from detr_fabric.data.coco_classes import COCO_CLASSES
 from detr_fabric.errors import UserError
 
 
@@ -320,3 +321,9 @@ def test_any_file_loads_or_is_refused_in_one_sentence(
     assert np.isfinite(found.boxes).all() and np.isfinite(found.areas).all()
     assert len(set(found.image_ids.tolist())) == len(found) > 0
     assert ((found.labels >= 0) & (found.labels < found.categories.num_classes)).all()
+
+
+def test_coco_classes_are_those_of_the_annotations(coco_mini: Path) -> None:
+    content = json.loads((coco_mini / "annotations" / "instances_train2017.json").read_text())
+    assert {row["id"]: row["name"] for row in content["categories"]} == COCO_CLASSES
+    assert len(COCO_CLASSES) == 80 and list(COCO_CLASSES) == sorted(COCO_CLASSES)
