@@ -103,16 +103,16 @@ def read_torch_file(path: Path) -> Any:
         raise UserError(f"{path}: can't be read as a checkpoint ({reason})") from error
 
 
-def load_weights(model: nn.Module, source: str) -> None:
-    """Weights of an official DETR file or one of ours, by path or URL, into a model of the same shape.
+def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A file at a path or URL, an official one or one of ours: all that it holds, and its weights.
 
-    Raises UserError when the source can't be had or does not fit the model.
+    Raises UserError when it can't be had or holds no weights.
     """
     content = read_torch_file(download(source) if source.startswith(("http://", "https://")) else Path(source))
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"--model.checkpoint {source}: holds no weights under the key 'model'")
-    load_model_state(model, state, f"--model.checkpoint {source}")
+    return content, state
 
 
 def download(url: str) -> Path:

@@ -107,7 +107,8 @@ class ModelConfig:
     freeze: tuple[Part, ...] | None = None
     """Parts that are not trained. Unset: stem and layer1 with pretrained weights, else nothing. Give none as ()."""
     checkpoint: str | None = None
-    """File or URL of weights to start from: an official DETR file or one of ours."""
+    """File or URL of weights to start from: an official DETR file or one of ours. Classes of the same name keep their
+    rows of the class head, others start fresh."""
     position: Literal["sine", "learned"] = "sine"
     """Position encoding of the image features."""
     hidden_dim: int = 256
@@ -144,6 +145,8 @@ class ModelConfig:
         )
         absent = [part for part in self.freeze or () if part.startswith("layer") and part > self.last_stage]
         _require(not absent, f"model.freeze names {absent}, but the backbone ends with {self.last_stage}")
+        everything = {"backbone", "input-proj", "encoder", "decoder", "heads"}
+        _require(not everything <= set(self.freeze or ()), "model.freeze names every part: leave one to be trained")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from detr_fabric.batch import ImageBatch, Target, normalize
-from detr_fabric.checkpoint import load_model_state, load_weights
+from detr_fabric.checkpoint import load_model_state
 from detr_fabric.cli import fail
 from detr_fabric.config import Config
 from detr_fabric.data.coco import CocoDetection
@@ -35,6 +35,7 @@ from detr_fabric.optimizer import build_optimizer, build_scheduler
 from detr_fabric.recorder import Recorder, count_parameters
 from detr_fabric.resume import Saver, State, checkpoint_exists, read_checkpoint, restore_optimizer, restore_state
 from detr_fabric.signals import Preempted, Preemption, leave_marker
+from detr_fabric.weights import load_weights
 
 MicroBatch = tuple[ImageBatch, list[Target]]
 T = TypeVar("T")
@@ -67,7 +68,7 @@ class Run(NamedTuple):
     total_steps: int
     step_offset: int  # place in the planned epochs minus steps done: 0 unless the number of ranks has changed
     preemption: Preemption
-    notes: list[str]  # what there is to say about the resumption
+    notes: list[str]  # what there is to say about the weights it starts from, or the resumption
 
 
 def setup(cfg: Config) -> Run:
@@ -99,8 +100,9 @@ def setup(cfg: Config) -> Run:
     torch.manual_seed(train.seed)
     num_classes = train_set.categories.num_classes
     model = build_model(cfg.model, cfg.attn, num_classes, pretrained=not resuming)
+    notes = list[str]()
     if not resuming and cfg.model.checkpoint is not None:
-        load_weights(model, cfg.model.checkpoint)
+        notes += load_weights(model, cfg.model.checkpoint, train_set.categories)
     model.to(memory_format=torch.channels_last)
     criterion = SetCriterion(num_classes, **asdict(cfg.loss)).to(fabric.device)
     optimizer = build_optimizer(model, cfg.optim)
@@ -109,7 +111,7 @@ def setup(cfg: Config) -> Run:
     scheduler = build_scheduler(optimizer, cfg.optim, epoch_steps, int(planned))
 
     lock = lock_folder(fabric, folder)
-    state, notes = State(), list[str]()
+    state = State()
     if resuming:
         source, content = read_checkpoint(cfg, folder, notes)
         load_model_state(model, content["model"], str(source))
