@@ -10,9 +10,7 @@ import io
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +28,7 @@ from detr_fabric.data.decoding import FileFault, Size, read_sizes
 from detr_fabric.data.repair import Finding, repair, shown
 from detr_fabric.data.report import objects_per_image, print_findings, print_statistics, printable
 from detr_fabric.errors import UserError
+from detr_fabric.progress import counted
 
 PROG = "python -m detr_fabric.check"
 ABOUT = """Finds everything that is wrong with a COCO-format data set, says what training does about it, and shows what
@@ -45,7 +44,6 @@ is removed, as each may be missing.
 Exit code: 0 if training accepts the data (with --fix: the copy), 1 if not, 2 if the command itself is wrong."""
 
 SPLITS = ("train2017", "val2017")
-PROGRESS_SECONDS = 10  # between two lines where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -216,40 +214,8 @@ def _write_copy(out: Path, content: dict[str, Any], training: Categories | None,
 
 
 def _read_sizes(folder: Path, workers: int, images: list[dict[str, Any]]) -> list[Size | FileFault]:
-    with _progress(len(images)) as progress:
+    with counted(len(images)) as progress:
         return read_sizes(folder, images, workers, progress)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """How many images are decoded, on stderr: a bar on a terminal, a line now and then elsewhere."""
-    last = time.monotonic()
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        # No thread of its own: processes are forked from this one.
-        with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
-            task = bar.add_task("", total=total)
-
-            def draw(done: int) -> None:
-                nonlocal last
-                bar.update(task, completed=done)
-                if done == total or time.monotonic() - last > 0.1:
-                    last = time.monotonic()
-                    bar.refresh()
-
-            yield draw
-    else:
-
-        def write(done: int) -> None:
-            nonlocal last
-            if time.monotonic() - last > PROGRESS_SECONDS:
-                last = time.monotonic()
-                print(f"  {done:,} of {total:,} images", file=sys.stderr, flush=True)
-
-        yield write
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from detr_fabric.boxes import cxcywh_to_xyxy
 from detr_fabric.checkpoint import load_model_state
 from detr_fabric.config import Config
 from detr_fabric.data.coco import Categories, CocoDetection
-from detr_fabric.data.loader import EvalLoader, build_validation
+from detr_fabric.data.loader import EvalLoader, MicroBatch, build_validation
 from detr_fabric.errors import UserError
 from detr_fabric.launch import build_fabric
 from detr_fabric.model.detr import build_model, post_process
@@ -51,15 +51,23 @@ def detect(
     model.eval()
     found = []
     for micro_batch in loader:
-        batch, targets = fabric.to_device(micro_batch)
-        outputs = model(*normalize(batch))
-        sizes = torch.tensor([target.orig_size for target in targets], device=fabric.device)
-        answer = post_process(outputs.pred_logits[-1], outputs.pred_boxes[-1], sizes)
-        for target, scores, labels, boxes in zip(targets, *(part.cpu() for part in answer), strict=True):
-            found.append(Detections(target.image_id, scores, labels, boxes))
+        found += detect_batch(fabric, model, micro_batch)
         if preemption is not None and preemption.agreed(fabric):
             raise Preempted
     return found
+
+
+@torch.no_grad()
+def detect_batch(fabric: Fabric, model: nn.Module, micro_batch: MicroBatch) -> list[Detections]:
+    """What a model in evaluation mode finds: for every image the answers of all queries, in their order."""
+    batch, targets = fabric.to_device(micro_batch)
+    outputs = model(*normalize(batch))
+    sizes = torch.tensor([target.orig_size for target in targets], device=fabric.device)
+    answer = post_process(outputs.pred_logits[-1], outputs.pred_boxes[-1], sizes)
+    return [
+        Detections(target.image_id, scores, labels, boxes)
+        for target, scores, labels, boxes in zip(targets, *(part.cpu() for part in answer), strict=True)
+    ]
 
 
 def evaluate(

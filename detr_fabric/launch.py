@@ -34,9 +34,7 @@ def build_fabric(accelerator: str, devices: int | None, precision: Precision | N
     broadcast_buffers: whether all ranks take rank 0's batch statistics (trainable batch norm).
     Raises UserError for devices or a precision that this machine does not have.
     """
-    cuda = torch.cuda.is_available() if accelerator == "auto" else accelerator == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise UserError("--train.accelerator cuda: no CUDA device is visible; use auto or cpu")
+    cuda, precision = _device_type(accelerator, precision)
     nodes, per_node = launched() or (1, devices or 1)
     if devices is not None and per_node != devices:
         raise UserError(f"--train.devices {devices}: the launcher started {per_node} processes a node; leave it out")
@@ -45,10 +43,6 @@ def build_fabric(accelerator: str, devices: int | None, precision: Precision | N
             f"{per_node} processes on this machine need as many GPUs, but {torch.cuda.device_count()} are visible: "
             "lower --train.devices or --nproc_per_node"
         )
-    if precision is None:
-        precision = "bf16-mixed" if cuda and torch.cuda.is_bf16_supported() else "32-true"
-    if precision == "16-mixed" and not cuda:
-        raise UserError("--train.precision 16-mixed needs a GPU: use bf16-mixed or 32-true")
     # newer versions of PyTorch have another name for it, which the older ones do not know
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     return Fabric(
@@ -58,6 +52,24 @@ def build_fabric(accelerator: str, devices: int | None, precision: Precision | N
         strategy=DDPStrategy(broadcast_buffers=broadcast_buffers) if nodes * per_node > 1 else "auto",
         precision=precision,
     )
+
+
+def single_device(accelerator: str, precision: Precision | None) -> Fabric:
+    """Fabric in this process alone, whatever launched it. Raises UserError as build_fabric does."""
+    cuda, precision = _device_type(accelerator, precision)
+    return Fabric(accelerator="cuda" if cuda else "cpu", devices=1, precision=precision)
+
+
+def _device_type(accelerator: str, precision: Precision | None) -> tuple[bool, Precision]:
+    """Whether a GPU is used, and the arithmetic."""
+    cuda = torch.cuda.is_available() if accelerator == "auto" else accelerator == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise UserError("accelerator cuda: no CUDA device is visible; use auto or cpu")
+    if precision is None:
+        precision = "bf16-mixed" if cuda and torch.cuda.is_bf16_supported() else "32-true"
+    if precision == "16-mixed" and not cuda:
+        raise UserError("precision 16-mixed needs a GPU: use bf16-mixed or 32-true")
+    return cuda, precision
 
 
 def launched() -> tuple[int, int] | None:

@@ -50,8 +50,9 @@ def draw(picture: Picture, class_names: Sequence[str], side: int = 512) -> Image
     factor = max(1, round(side / max(canvas.size)))
     canvas = canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(canvas)
-    line = max(2, round(max(canvas.size) / 220))
-    font = ImageFont.load_default(size=max(13, max(canvas.size) / 42))
+    shorter, longer = sorted(canvas.size)
+    line = max(2, round(min(longer / 220, shorter / 30)))
+    font = ImageFont.load_default(size=max(13, min(longer / 42, shorter / 6)))
     taken: list[Rectangle] = []
     if (predicted := picture.predicted) is not None:
         certainty = [1.0] * len(predicted.boxes) if predicted.scores is None else predicted.scores.tolist()
@@ -127,14 +128,16 @@ def _label(
     pad = max(2, (y1 - y0) / 6)
     width, height = x1 - x0 + 2 * pad, y1 - y0 + 2 * pad
     corners = [(left, top - height), (left, top), (right - width, top), (left, bottom), (left, bottom - height)]
+    corners += [(right - width, top - height), (right - width, bottom), (right, top), (left - width, top)]
     inside = ((max(0.0, min(x, size[0] - width)), max(0.0, min(y, size[1] - height))) for x, y in corners)
     spots = [(x, y, x + width, y + height) for x, y in inside]
-    spot = next((s for s in spots if not any(_overlap(s, t) for t in taken)), spots[0])
+    spot = min(spots, key=lambda s: sum(_overlap(s, t) for t in taken))  # the first of equals
     pen.rectangle(spot, fill=color)
     dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] < 140
     pen.text((spot[0] + pad - x0, spot[1] + pad - y0), text, font=font, fill=WHITE if dark else BLACK)
     return spot
 
 
-def _overlap(a: Rectangle, b: Rectangle) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def _overlap(a: Rectangle, b: Rectangle) -> float:
+    """The area that two rectangles share."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))

@@ -1,4 +1,4 @@
-"""How training goes, on the console: a bar on a terminal, plain lines elsewhere."""
+"""How training goes, and how many images are done, on the console: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 Values = Mapping[str, float | int | str]
+
+LINE_SECONDS = 10  # between two lines of `counted`
 
 
 class Progress:
@@ -86,6 +88,35 @@ class Progress:
         seconds = (time.monotonic() - self._start) / max(step - self._first, 1) * (self._total - step)
         parts = [form.format(value) for form, value in shown.items() if value is not None]
         return " ".join([*parts, f"ETA {timedelta(seconds=round(seconds))}"])
+
+
+@contextlib.contextmanager
+def counted(total: int) -> Iterator[Callable[[int], None]]:
+    """Tells on stderr how many of `total` images are done: a bar on a terminal, a line now and then elsewhere."""
+    last = time.monotonic()
+    if sys.stderr.isatty():
+        columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        # No thread of its own: processes are forked from this one.
+        with Bar(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
+            task = bar.add_task("", total=total)
+
+            def draw(done: int) -> None:
+                nonlocal last
+                bar.update(task, completed=done)
+                if done == total or time.monotonic() - last > 0.1:
+                    last = time.monotonic()
+                    bar.refresh()
+
+            yield draw
+    else:
+
+        def write(done: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > LINE_SECONDS:
+                last = time.monotonic()
+                print(f"  {done:,} of {total:,} images", file=sys.stderr, flush=True)
+
+        yield write
 
 
 class _Outlet:

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import environment, python
 
-from detr_fabric import check
+from detr_fabric import check, progress
 from detr_fabric.check import Settings, run
 from detr_fabric.data import decoding
 from detr_fabric.data import images as image_files
@@ -530,7 +530,7 @@ def test_help_explains_everything_and_annotations_are_checked_without_torch(tmp_
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, folder = write_json(tmp_path / "a.json", clean()), write_images(tmp_path / "images", clean())
-    monkeypatch.setattr(check, "PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
     assert checked(path, "--images", folder, "--workers", "1")[2] == "  1 of 2 images\n  2 of 2 images\n"
     parent, child = pty.openpty()
     with os.fdopen(child, "w") as terminal, contextlib.redirect_stdout(io.StringIO()), monkeypatch.context() as patch:
@@ -544,7 +544,7 @@ def test_a_closed_pipe_and_ctrl_c_end_it_without_a_traceback_or_an_orphan(tmp_pa
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), np.uint8)).save(tmp_path / "a.jpg")
     content = coco([{"id": n, "file_name": "a.jpg"} for n in range(3000)], [])
     path = write_json(tmp_path / "a.json", content)
-    code = "import sys; from detr_fabric import check; check.PROGRESS_SECONDS = 0; check.main(sys.argv[1:])"
+    code = "import sys; from detr_fabric import check, progress; progress.LINE_SECONDS = 0; check.main(sys.argv[1:])"
     args = [sys.executable, "-c", code, str(path), "--images", str(tmp_path), "--workers", "2"]
     with subprocess.Popen(
         args, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

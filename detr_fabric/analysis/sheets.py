@@ -61,6 +61,27 @@ def query_sheet(look: Look, queries: Sequence[int], title: str) -> Image.Image:
     return _stack(parts)
 
 
+def detection_sheet(look: Look, queries: Sequence[int], title: str) -> Image.Image:
+    """What a model found in one image, and for each detection a row of its query's cross-attention: of every layer the
+    mean over heads, then the heads of the last layer."""
+    layers, heads = look.cross.shape[:2]
+    lines = [
+        "Below, a row for each detection: what its query read of the image (cross-attention),",
+        "in every decoder layer as the mean over heads, then in the heads of the last layer.",
+        "Cyan: the box that the query predicts.",
+        *_legend(),
+    ]
+    rows = [
+        [_tile(look, maps, query) for maps in (*look.cross[:, :, query].mean(1), *look.cross[-1, :, query])]
+        for query in queries
+    ]
+    columns = [*(f"layer {number}" for number in range(layers)), *(f"last, head {head}" for head in range(heads))]
+    found = detections(look, queries)
+    return _stack(
+        [_header(title, [(found, _caption(look))], lines), _table(rows, [_name(look, q) for q in queries], columns)]
+    )
+
+
 def comparison_sheet(looks: Sequence[Look], objects: Sequence[int], title: str) -> Image.Image:
     """Several models on one image: for each true object a row a model, with the attention of the query matched to it:
     of every layer the mean over heads, then the heads of the last layer."""
@@ -88,14 +109,14 @@ def comparison_sheet(looks: Sequence[Look], objects: Sequence[int], title: str) 
     return _stack(parts)
 
 
-def detections(look: Look) -> Image.Image:
-    """The image with the detections of a score above DETECTED, and the true boxes dashed."""
+def detections(look: Look, queries: Sequence[int] | None = None) -> Image.Image:
+    """The image with what some queries found, None: all with a score above DETECTED, and the true boxes dashed."""
     height, width = look.image.shape[-2:]
     scale = min(1.0, PICTURE / max(height, width))  # `draw` enlarges small images itself
     size = (round(height * scale), round(width * scale))
     image = interpolate(look.image[None], size, mode="bilinear", antialias=True)[0] if scale < 1 else look.image
     corners = torch.tensor([size[1], size[0]]).repeat(2)
-    kept = look.scores > DETECTED
+    kept = look.scores > DETECTED if queries is None else torch.tensor(queries, dtype=torch.int64)
     predicted = Boxes(look.boxes[kept] * corners, look.labels[kept], look.scores[kept])
     true = Boxes(look.true_boxes * corners, look.true_labels)
     return draw(Picture(image, look.model, predicted, true), look.class_names, PICTURE)

@@ -42,11 +42,16 @@ def read_image(path: Path) -> Tensor:
     if image.width * image.height > MAX_PIXELS:
         raise _too_large(path)
     try:
-        rgb = _rgb(image)
-        pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+        return to_tensor(image)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged or not supported ({reason}): replace the file") from error
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) uint8 RGB of an opened image, which is decoded here. What goes wrong is Pillow's to raise."""
+    rgb = _rgb(image)
+    pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return pixels.view(rgb.height, rgb.width, 3).permute(2, 0, 1)
 
 
