@@ -75,7 +75,11 @@ def _sync_folder(folder: Path) -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of this package, on the CPU. Raises UserError for any other, damaged or newer file."""
-    content = read_torch_file(path)
+    return our_checkpoint(read_torch_file(path), path)
+
+
+def our_checkpoint(content: Any, path: Path) -> dict[str, Any]:
+    """What was read, if it is a checkpoint of this package and of this version. Raises UserError if not."""
     if not isinstance(content, dict) or not {"model", "config", "categories", "version"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of detr_fabric; give a .ckpt file from a run's folder")
     if content["version"] != VERSION:

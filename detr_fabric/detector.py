@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from detr_fabric.batch import Target, pad_images
-from detr_fabric.checkpoint import load_checkpoint, load_model_state
+from detr_fabric.checkpoint import load_model_state, our_checkpoint, read_torch_file
 from detr_fabric.config import Config, Precision
 from detr_fabric.data.categories import Categories
 from detr_fabric.data.images import read_image, to_tensor
@@ -33,6 +33,7 @@ from detr_fabric.errors import UserError
 from detr_fabric.evaluation import detect_batch
 from detr_fabric.launch import single_device
 from detr_fabric.model.detr import DETR, build_model
+from detr_fabric.official import COCO, is_official, official_config
 from detr_fabric.scoring import Detections
 
 Source = str | os.PathLike[str] | Image.Image | Tensor | np.ndarray
@@ -131,14 +132,23 @@ def load(
     checkpoint: str | os.PathLike[str],
     accelerator: Literal["auto", "cpu", "cuda"] = "auto",
     precision: Precision | None = None,
+    dc5: bool = False,
 ) -> Detector:
-    """The model of a checkpoint. precision None: bf16-mixed on a GPU that has it, else 32-true.
+    """The model of a checkpoint, or of an official file, then with COCO's classes.
 
+    precision None: bf16-mixed on a GPU that has it, else 32-true. dc5: an official file is of a DC5 model.
     Raises UserError, a ValueError, for a file that is no checkpoint and for a device that isn't there.
     """
-    content = load_checkpoint(Path(checkpoint))
-    config = Config.from_dict(content["config"]).resolve()
-    categories = Categories.from_dict(content["categories"])
+    path = Path(checkpoint)
+    content = read_torch_file(path)
+    if is_official(content):
+        config, categories = official_config(content, path, dc5), COCO
+    else:
+        content = our_checkpoint(content, path)
+        config = Config.from_dict(content["config"]).resolve()
+        categories = Categories.from_dict(content["categories"])
+        if dc5 and not config.model.dilation:
+            raise UserError(f"{path}: its model is not dilated; dc5 is for official files of a DC5 model")
     model = build_model(config.model, config.attn, categories.num_classes, pretrained=False)
     load_model_state(model, content["model"], str(checkpoint))
     assert config.data.scales is not None and config.data.max_size is not None

@@ -31,7 +31,7 @@ class Settings:
     """What is predicted, and what is written."""
 
     checkpoint: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="CHECKPOINT")] = None
-    """A .ckpt file from a run's folder."""
+    """A .ckpt file from a run's folder, or an official DETR file."""
     paths: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PATH ...")] = ()
     """Images, folders (with all folders in them) and globs."""
     threshold: float = 0.7
@@ -44,6 +44,8 @@ class Settings:
     """Draw for each detection which parts of the image its query read: its decoder cross-attention."""
     batch_size: int = 1
     """Images per forward pass, of like shapes; 1, without padding, gives what evaluation gives."""
+    dc5: bool = False
+    """An official file is of a DC5 model, which its weights don't show."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Device type."""
     precision: Precision | None = None

@@ -60,7 +60,7 @@ def predict(checkpoint: str, settings: Settings) -> None:
     out = Path(settings.out)
     files = find_images(settings.paths, leave_out=out)
     ids, targets = image_ids(files), picture_files(files, out / "pictures")
-    detector = load(checkpoint, settings.accelerator, settings.precision)
+    detector = load(checkpoint, settings.accelerator, settings.precision, settings.dc5)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()

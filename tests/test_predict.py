@@ -19,14 +19,16 @@ from PIL import Image
 from detr_fabric import load, predict, prediction
 from detr_fabric.analysis.capture import capture, plain
 from detr_fabric.batch import normalize, pad_images
+from detr_fabric.boxes import cxcywh_to_xyxy
 from detr_fabric.checkpoint import save_checkpoint
 from detr_fabric.config import Config, DataConfig, ModelConfig
 from detr_fabric.data.annotations import read_annotations
 from detr_fabric.data.categories import Categories
 from detr_fabric.data.coco import CocoDetection
+from detr_fabric.data.images import to_tensor
 from detr_fabric.data.loader import EvalLoader
 from detr_fabric.data.paths import ImageFile, find_images, image_ids
-from detr_fabric.data.transforms import eval_transform
+from detr_fabric.data.transforms import eval_transform, resize
 from detr_fabric.detector import Found
 from detr_fabric.errors import UserError
 from detr_fabric.evaluation import detect
@@ -313,6 +315,39 @@ def test_three_lines_of_python_find_the_same_in_files_images_tensors_and_arrays(
     middle = found.scores[3].item()
     assert (detr(photo, threshold=middle).scores >= middle).all() and len(detr(photo, threshold=middle).scores) == 4
     assert detr([]) == [] and detr(photo, threshold=1.0).boxes.shape == (0, 4)
+
+
+@pytest.mark.parametrize("dc5", [False, True])
+def test_official_files_predict_with_the_names_of_coco(dc5: bool, tmp_path: Path) -> None:
+    small = dict(hidden_dim=32, enc_layers=1, dec_layers=1, dim_feedforward=64, num_queries=5)
+    model = ModelConfig(**{"backbone": "resnet18", "backbone_weights": "none", "norm": "frozen", **small}, dilation=dc5)
+    config = Config(model=model).resolve()
+    torch.manual_seed(0)
+    original = build_model(config.model, config.attn, 91).eval()
+    with torch.no_grad():
+        original.class_embed.bias[17] += 5  # a cat; contiguous labels would call it otherwise
+    file = tmp_path / "detr.pth"
+    torch.save({"model": original.state_dict()}, file)
+    image = Image.open(write_image(tmp_path / "photo.png", 60, 60))
+    found = load(file, "cpu", dc5=dc5)(image, threshold=0.0)
+    assert found.names == ["cat"] * 5
+    batch = normalize(pad_images([resize(to_tensor(image), torch.zeros(0, 4), 800, 1333)[0]]))
+    with torch.no_grad():
+        logits, boxes = original(*batch)
+    torch.testing.assert_close(found.boxes, cxcywh_to_xyxy(boxes[-1, 0][found.queries]) * 60, rtol=0, atol=1e-2)
+    torch.testing.assert_close(found.scores, logits[-1, 0].softmax(-1)[found.queries, 17], rtol=1e-4, atol=1e-6)
+
+
+def test_files_of_other_classes_or_models_are_refused(checkpoint: str, tmp_path: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({"model": content["model"]}, tmp_path / "mine.pth")
+    with pytest.raises(UserError, match="mine.pth: has 2 classes without names"):
+        load(tmp_path / "mine.pth")
+    torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="other.pth: not a checkpoint"):
+        load(tmp_path / "other.pth")
+    with pytest.raises(UserError, match="not dilated"):
+        load(checkpoint, dc5=True)
 
 
 @pytest.mark.parametrize(
