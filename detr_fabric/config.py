@@ -34,6 +34,9 @@ class DataConfig:
     """Folder of validation images, instead of root's."""
     val_annotations: str | None = None
     """COCO JSON of the validation images, instead of root's."""
+    val_fraction: float | None = None
+    """Part of the training images that is kept for validation, instead of validation files: always the same ones, for a
+    hash of its file name decides about an image."""
     label_space: Literal["contiguous", "coco91"] = "contiguous"
     """Class ids: 0..C-1 in the order of the category ids, or COCO's own ids (the 91-wide head of official weights)."""
     scales: tuple[int, ...] | None = None
@@ -64,12 +67,25 @@ class DataConfig:
     """Width and height (pixels) of the synthetic scenes."""
 
     def __post_init__(self) -> None:
-        paths = (self.train_images, self.train_annotations, self.val_images, self.val_annotations)
-        _require(
-            self.root is not None or all(paths) or not any(paths),
-            "data: without --data.root all four of --data.train-images, --data.train-annotations, --data.val-images "
-            "and --data.val-annotations are needed",
-        )
+        train, val = (self.train_images, self.train_annotations), (self.val_images, self.val_annotations)
+        if self.val_fraction is None:
+            _require(
+                self.root is not None or all(train + val) or not any(train + val),
+                "data: without --data.root all four of --data.train-images, --data.train-annotations, "
+                "--data.val-images and --data.val-annotations are needed, or --data.val-fraction for the last two",
+            )
+        else:
+            fraction = self.val_fraction
+            _require(0 < fraction < 1, f"data.val_fraction is {fraction}: it lies between 0 and 1, 0.2 is usual")
+            _require(
+                not any(val) and not self.validate_on_train,
+                "data.val_fraction takes validation images from the training ones: give it without --data.val-images, "
+                "--data.val-annotations and --data.validate-on-train, or --data.val-fraction None",
+            )
+            _require(
+                self.root is not None or all(train),
+                "data.val_fraction divides your own data: give --data.train-images and --data.train-annotations",
+            )
         _require(
             self.scales is None or (len(self.scales) > 0 and all(s >= 16 for s in self.scales)),
             f"data.scales is {self.scales}: give at least one shorter side, each of 16 pixels or more",

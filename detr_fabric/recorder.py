@@ -55,6 +55,8 @@ class Recorder:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "config.json").write_text(json.dumps(cfg.to_dict(), indent=1) + "\n")
+                if cfg.data.val_fraction is not None:
+                    (folder / "validation_images.json").write_text(json.dumps(val_set.image_ids) + "\n")
                 self.log = RunLog(folder / "log.jsonl", resumed_step, self.progress.say)
             except OSError as error:
                 raise UserError(f"{folder}: {error.strerror}; choose another folder with --train.run-dir") from error

@@ -58,7 +58,10 @@ class Annotations:
         if with_objects:
             image_of_object = np.repeat(rows, np.diff(self.offsets))
             rows = np.unique(image_of_object[~self.crowd])
-        rows = rows[:limit]
+        return self.only(rows[:limit])
+
+    def only(self, rows: np.ndarray) -> Annotations:
+        """Only the images at `rows`, ascending."""
         objects = np.concatenate([np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows] or [rows])
         return Annotations(
             categories=self.categories,

@@ -17,6 +17,7 @@ from detr_fabric.config import DataConfig
 from detr_fabric.data import sampler, shapes
 from detr_fabric.data.coco import Categories, CocoDetection, read_annotations
 from detr_fabric.data.sampler import Sample
+from detr_fabric.data.split import split
 from detr_fabric.data.transforms import eval_transform, train_transform
 from detr_fabric.errors import UserError
 
@@ -199,7 +200,10 @@ def build_datasets(data: DataConfig, seed: int) -> tuple[CocoDetection, CocoDete
     """
     assert data.scales is not None and data.max_size is not None and data.crop is not None, "resolve the config first"
     images, file = _paths(data, "train")
-    annotations = read_annotations(file, None, data.label_space).first(data.train_limit, with_objects=True)
+    annotations = read_annotations(file, None, data.label_space)
+    if data.val_fraction is not None:
+        annotations, _ = split(annotations, data.val_fraction)
+    annotations = annotations.first(data.train_limit, with_objects=True)
     augment = train_transform(data.scales, data.max_size, data.flip, data.crop)
     train = CocoDetection(images, annotations, augment, seed)
     return train, build_validation(data, train.categories, seed)
@@ -209,24 +213,26 @@ def build_validation(data: DataConfig, categories: Categories, seed: int) -> Coc
     """The images that resolved settings evaluate on, under the evaluation transform and labelled by `categories`: those
     of the training data or of a checkpoint. Raises UserError as build_datasets does."""
     assert data.scales is not None and data.max_size is not None, "resolve the config first"
-    images, file = _paths(data, "train" if data.validate_on_train else "val")
+    images, file = _paths(data, "train" if data.validate_on_train or data.val_fraction is not None else "val")
     annotations = read_annotations(file, categories, data.label_space)
+    if data.val_fraction is not None:
+        _, annotations = split(annotations, data.val_fraction)
     if data.validate_on_train:
         annotations = annotations.first(data.train_limit, with_objects=True)
     annotations = annotations.first(data.val_limit, with_objects=False)
     return CocoDetection(images, annotations, eval_transform(data.scales[-1], data.max_size), seed)
 
 
-def _paths(data: DataConfig, split: str) -> tuple[Path, Path]:
-    """Image folder and annotation file of a split, both checked to exist."""
+def _paths(data: DataConfig, part: str) -> tuple[Path, Path]:
+    """Image folder and annotation file of "train" or "val", both checked to exist."""
     if data.builtin:
         root = shapes.prepare(data.shapes_size, data.shapes_train, data.shapes_val, data.shapes_dir)
     else:
         root = Path(data.root or "")
-    images = getattr(data, f"{split}_images") or root / f"{split}2017"
-    annotations = getattr(data, f"{split}_annotations") or root / "annotations" / f"instances_{split}2017.json"
+    images = getattr(data, f"{part}_images") or root / f"{part}2017"
+    annotations = getattr(data, f"{part}_annotations") or root / "annotations" / f"instances_{part}2017.json"
     if not Path(images).is_dir():
-        raise UserError(f"{images} is no folder of images: set --data.root or --data.{split}-images")
+        raise UserError(f"{images} is no folder of images: set --data.root or --data.{part}-images")
     if not Path(annotations).is_file():
-        raise UserError(f"{annotations} is no file: set --data.root or --data.{split}-annotations")
+        raise UserError(f"{annotations} is no file: set --data.root or --data.{part}-annotations")
     return Path(images), Path(annotations)
