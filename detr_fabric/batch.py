@@ -27,6 +27,7 @@ class Target(NamedTuple):
     image_id: int | str  # the data set's own id
     orig_size: tuple[int, int]  # (height, width) of the file
     size: tuple[int, int]  # (height, width) after the transforms, without padding
+    fault: str | None = None  # why its file could not be read, if it was skipped; see CocoDetection
 
 
 def pad_images(images: list[Tensor], multiple: int = 1) -> ImageBatch:

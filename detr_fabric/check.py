@@ -19,13 +19,11 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from detr_fabric.cli import fail, parse
-from detr_fabric.data.annotations import _inspect as inspect_content
-from detr_fabric.data.annotations import _parse as parse_without_polygons
-from detr_fabric.data.annotations import _parse_for_position as parse_all
-from detr_fabric.data.annotations import read_annotations
+from detr_fabric.data.annotations import inspect_content, read_annotations, read_json
 from detr_fabric.data.categories import Categories, LabelSpace
+from detr_fabric.data.columns import short
 from detr_fabric.data.decoding import FileFault, Size, read_sizes
-from detr_fabric.data.repair import Finding, repair, shown
+from detr_fabric.data.repair import Finding, repair
 from detr_fabric.data.report import objects_per_image, print_findings, print_statistics, printable
 from detr_fabric.errors import UserError
 from detr_fabric.progress import counted
@@ -160,9 +158,7 @@ def _check(part: Part, training: Categories | None, settings: Settings) -> tuple
     path = part.annotations
     print(printable(str(path)), flush=True)
     try:
-        content = parse_without_polygons(path)
-        if settings.fix is not None:
-            content = parse_all(path, path.read_bytes())
+        content = read_json(path, polygons=settings.fix is not None)
     except UserError as error:
         print(f"training refuses it: {printable(str(error))}\n")
         return False, None
@@ -177,7 +173,7 @@ def _check(part: Part, training: Categories | None, settings: Settings) -> tuple
         crowded = annotations.image_ids[objects_per_image(annotations) > settings.queries].tolist()
         if crowded:
             what = f"images with more objects than {settings.queries} queries"
-            findings.append(Finding(what, "keeps", "keeps", list(map(shown, crowded))))
+            findings.append(Finding(what, "keeps", "keeps", list(map(short, crowded))))
 
     for table, (rows, kept) in repaired.rows.items():
         print(f"{rows:>9,}  {table}" + (f", {rows - kept:,} of them not usable" if kept < rows else ""))

@@ -53,6 +53,9 @@ class DataConfig:
     """Evaluate on the first this many images only."""
     validate_on_train: bool = False
     """Evaluate on the training images: the health check that asks whether the model can memorise."""
+    bad_images: Literal["stop", "skip"] = "stop"
+    """At an image that can't be read or has another size than its entry: stop, or skip it: training takes the next one
+    in its place, evaluation counts it as an image without detections, and all are named and counted."""
     workers: int = 2
     """Loader processes per rank."""
     pad_multiple: int = 1

@@ -39,6 +39,7 @@ class Evaluation(NamedTuple):
     stats: dict[str, float]  # COCO's 12 by name, -1 where undefined
     per_class: dict[str, float]  # AP by class name, best first
     detections: list[Detections]  # one an image, in the data set's order
+    faults: list[str]  # of the images that could not be read, which count as images without detections
     seconds: float  # detecting and scoring
     seconds_scoring: float
 
@@ -59,15 +60,17 @@ def detect(
 
 @torch.no_grad()
 def detect_batch(fabric: Fabric, model: nn.Module, micro_batch: MicroBatch) -> list[Detections]:
-    """What a model in evaluation mode finds: for every image the answers of all queries, in their order."""
+    """What a model in evaluation mode finds: for every image the answers of all queries, in their order;
+    nothing where the image could not be read."""
     batch, targets = fabric.to_device(micro_batch)
     outputs = model(*normalize(batch))
     sizes = torch.tensor([target.orig_size for target in targets], device=fabric.device)
     answer = post_process(outputs.pred_logits[-1], outputs.pred_boxes[-1], sizes)
-    return [
-        Detections(target.image_id, scores, labels, boxes)
-        for target, scores, labels, boxes in zip(targets, *(part.cpu() for part in answer), strict=True)
-    ]
+    found = []
+    for target, scores, labels, boxes in zip(targets, *(part.cpu() for part in answer), strict=True):
+        kept = slice(None) if target.fault is None else slice(0)
+        found.append(Detections(target.image_id, scores[kept], labels[kept], boxes[kept], target.fault))
+    return found
 
 
 def evaluate(
@@ -92,12 +95,15 @@ def evaluate(
         found = [detections for share in shares for detections in share]
     by_image = {detections.image_id: detections for detections in found}  # drops what sharding repeated
     found = [by_image[image_id] for image_id in dataset.image_ids]
+    faults = [detections.fault for detections in found if detections.fault is not None]
+    if len(faults) == len(found):
+        raise UserError(f"{faults[0]} (nor can any other image be read: check the folder {dataset.folder})")
     scoring = time.perf_counter()
     scores = score(dataset.ground_truth(), dataset.image_ids, found, backend)
     ended = time.perf_counter()
     ranking = sorted(scores.per_class.items(), key=lambda item: -item[1])
     per_class = {dataset.categories.name(label): ap for label, ap in ranking}
-    return Evaluation(scores.stats, per_class, found, ended - started, ended - scoring)
+    return Evaluation(scores.stats, per_class, found, faults, ended - started, ended - scoring)
 
 
 def picture_panel(dataset: CocoDetection, detections: list[Detections], count: int, threshold: float) -> list[Picture]:
@@ -149,7 +155,10 @@ def evaluate_checkpoint(content: dict[str, Any], settings: Settings) -> None:
     evaluation = evaluate(fabric, fabric.setup_module(model), loader, dataset, cfg.eval.backend)
     if evaluation is None:
         return
-    print(f"{len(dataset)} images, step {content['state']['step']}, in {evaluation.seconds:.1f} s")
+    for fault in evaluation.faults:
+        print(f"skipped {fault}")
+    unread = f" ({len(evaluation.faults)} unreadable ones without detections)" if evaluation.faults else ""
+    print(f"{len(dataset)} images{unread}, step {content['state']['step']}, in {evaluation.seconds:.1f} s")
     for name, value in evaluation.stats.items():
         print(f"  {name:6} {value:.3f}")
     for name, value in evaluation.per_class.items():

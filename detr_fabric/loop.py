@@ -25,6 +25,7 @@ from detr_fabric.cli import fail
 from detr_fabric.config import Config
 from detr_fabric.data.coco import CocoDetection
 from detr_fabric.data.loader import EvalLoader, TrainLoader, build_datasets
+from detr_fabric.data.report import summary
 from detr_fabric.errors import UserError
 from detr_fabric.evaluation import evaluate
 from detr_fabric.folder import RunLock, run_folder
@@ -191,8 +192,13 @@ def fit(run: Run) -> None:
                 run.scheduler.step()
                 state.step += 1
                 state.step_in_epoch += 1
+                faults = [t.fault for _, targets in micro_batches for t in targets if t.fault is not None]
+                state.skipped += recorder.skipped(faults, state.step)
                 if state.step % cfg.train.log_every == 0 or state.step == run.total_steps:
-                    recorder.training(losses, run.criterion.weights, grad_norm, run.optimizer, meter.read(), state.step)
+                    numbers = meter.read()
+                    if state.skipped:
+                        numbers["skipped_images"] = state.skipped
+                    recorder.training(losses, run.criterion.weights, grad_norm, run.optimizer, numbers, state.step)
                 else:
                     recorder.progress.update(state.epoch, state.step)
                 if interrupted:
@@ -222,6 +228,8 @@ def fit(run: Run) -> None:
                 copies.append(f"epoch_{state.epoch:04d}.ckpt")
             if finished or copies or state.epoch % cfg.train.checkpoint_every == 0:
                 saver.save(*copies)
+        if state.skipped:
+            recorder.progress.say(f"images were skipped {state.skipped} times, named in {run.folder / 'log.jsonl'}")
         if saver.failed:
             raise UserError(f"{run.folder}: the final state could not be saved; free space and start the same command")
 
@@ -244,6 +252,8 @@ def introduce(run: Run, recorder: Recorder) -> None:
         f"data    {where}: {len(run.train_set)} training and {len(run.val_set)} validation images, "
         f"{len(run.train_set.categories.ids)} classes"
     )
+    for name, data in (("train", run.train_set), ("val", run.val_set)):
+        say(f"{name:8}{summary(data.annotations, cfg.model.num_queries)}")
     parameters = count_parameters(run.model)
     start = cfg.model.checkpoint or cfg.model.backbone_weights
     norm = "frozen batch norm" if cfg.model.norm == "frozen" else "trained batch norm"

@@ -84,6 +84,7 @@ class Progress:
             "lr {:.1e}": rates[0] if rates else None,
             "{:.1f} images/s": values.get("images_per_second"),
             "data {:.0%}": values.get("data_wait"),
+            "skipped {}": values.get("skipped_images"),
         }
         seconds = (time.monotonic() - self._start) / max(step - self._first, 1) * (self._total - step)
         parts = [form.format(value) for form, value in shown.items() if value is not None]

@@ -49,6 +49,7 @@ class Recorder:
         self.fabric, self.cfg, self.folder, self.model, self.val_set = fabric, cfg, folder, model, val_set
         self.steps_per_epoch, self.step_offset = steps_per_epoch, step_offset
         self.progress = Progress(cfg.train.epochs, total_steps, resumed_step, enabled=fabric.is_global_zero)
+        self._named: set[str] = set()  # bad images that the console has named
         self.log: RunLog | None = None
         self.wandb: WandbLogger | None = None
         if fabric.is_global_zero:
@@ -102,6 +103,28 @@ class Recorder:
         if self.wandb is not None:
             self.wandb.log_metrics({**values, "epoch": epoch}, step)
 
+    def skipped(self, faults: list[str], step: int) -> int:
+        """Names the images of this step that a rank could not read. Returns their number over all ranks."""
+        if self.cfg.data.bad_images == "stop":
+            return 0
+        number = torch.tensor(float(len(faults)), device=self.fabric.device)
+        total = int(cast(Tensor, self.fabric.all_reduce(number, reduce_op="sum")))
+        if total and self.fabric.world_size > 1:
+            ranks = [faults] * self.fabric.world_size
+            torch.distributed.all_gather_object(ranks, faults)
+            faults = [fault for rank in ranks for fault in rank]
+        self._name(faults, step)
+        return total
+
+    def _name(self, faults: list[str], step: int) -> None:
+        """Every bad image into log.jsonl every time, and onto the console once."""
+        for fault in faults:
+            if self.log is not None:
+                self.log.write({"skipped": fault}, step, (step + self.step_offset) / self.steps_per_epoch)
+            if fault not in self._named:
+                self._named.add(fault)
+                self.progress.say(f"skipped {fault}")
+
     def training(
         self,
         losses: Losses,
@@ -137,6 +160,11 @@ class Recorder:
             attention = attention_statistics(self.model, sample(self.val_set, count), costs)
             values |= attention.curves()
             self.wandb.log_table("attention/heads", *attention.table(), step)
+        unread = ""
+        if self.cfg.data.bad_images == "skip":
+            self._name(evaluation.faults, step)
+            values["val/skipped_images"] = len(evaluation.faults)
+            unread = f"{len(evaluation.faults)} unreadable images without detections, " * bool(evaluation.faults)
         self.record(values | {"val/seconds": evaluation.seconds}, step)
         categories = self.val_set.categories
         names = [categories.name(label) for label in range(categories.num_classes)]
@@ -152,7 +180,7 @@ class Recorder:
         except OSError as error:
             self.progress.say(f"{self.folder}: {error.strerror}; the evaluation is in log.jsonl")
         shown = "  ".join(f"{name} {evaluation.stats[name]:.3f}" for name in ("AP", "AP50", "AP75", "AR100"))
-        self.progress.say(f"evaluation at step {step}: {shown}  ({evaluation.seconds:.1f} s)")
+        self.progress.say(f"evaluation at step {step}: {shown}  ({unread}{evaluation.seconds:.1f} s)")
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

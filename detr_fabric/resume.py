@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
 HARMLESS = {  # settings that may change between two halves of a run, whole sections or single fields
     *("eval", "wandb", "data.root", "data.train_images", "data.train_annotations", "data.val_images"),
-    *("data.val_annotations", "data.val_limit", "data.validate_on_train", "data.workers", "data.shapes_dir"),
+    *(
+        "data.val_annotations",
+        "data.val_limit",
+        "data.validate_on_train",
+        "data.bad_images",
+        "data.workers",
+        "data.shapes_dir",
+    ),
     *("model.backbone_weights", "model.checkpoint", "model.gradient_checkpointing"),
     *("train.name", "train.run_dir", "train.accelerator", "train.devices", "train.resume", "train.log_every"),
     *(
@@ -51,6 +58,7 @@ class State:
     step_in_epoch: int = 0
     evaluated: int = 0  # the step of the last evaluation
     best_ap: float = -1.0
+    skipped: int = 0  # times that another image took the place of one that could not be read, on all ranks
     wandb_run_id: str | None = None
 
 

@@ -29,6 +29,7 @@ class Detections(NamedTuple):
     scores: Tensor  # (Q,) float32
     labels: Tensor  # (Q,) int64, contiguous class ids
     boxes: Tensor  # (Q, 4) float32 xyxy, in pixels of the original image
+    fault: str | None = None  # why there are none: the image could not be read
 
 
 class Scores(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,22 @@ def write_root(root: Path, train: dict[str, Any], val: dict[str, Any]) -> Path:
         write_images(root / f"{split}2017", content)
         write_json(root / "annotations" / f"instances_{split}2017.json", content)
     return root
+
+
+def _bomb(path: Path) -> None:
+    """A JPEG whose header promises 65535 x 65535 pixels."""
+    Image.new("RGB", (40, 30)).save(path, "JPEG")
+    data = bytearray(path.read_bytes())
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {  # what can be wrong with an image file of 40 x 30 pixels
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-300]),
+    "web page": lambda path: path.write_text("<html><body>404 not found</body></html>"),
+    "other size": lambda path: Image.new("RGB", (30, 40)).save(path),
+    "bomb": _bomb,
+}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coco_files import coco, image, thing, write_images, write_json, write_root
+from coco_files import DAMAGE, coco, image, thing, write_images, write_json, write_root
 from PIL import Image
 from torch import Tensor
 
@@ -190,23 +190,24 @@ def test_a_data_set_can_be_sent_to_spawned_workers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "expected"),
-    [
-        (lambda path: path.unlink(), "does not exist: restore"),
-        (lambda path: path.write_bytes(b""), "is empty: replace"),
-        (lambda path: path.write_bytes(path.read_bytes()[:300]), "replace the file"),
-        (lambda path: path.write_text("<html>404</html>"), "is no JPEG"),
-        (lambda path: Image.new("RGB", (30, 40)).save(path), "height 40, but 30 in the annotations"),
-    ],
+    ("fault", "expected"),
+    {
+        "missing": "does not exist: restore",
+        "empty": "is empty: replace",
+        "truncated": "replace the file",
+        "web page": "is no JPEG",
+        "other size": "height 40, but 30 in the annotations",
+        "bomb": "pixels: scale it down",
+    }.items(),
 )
-def test_bad_images_are_refused_with_id_and_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, expected: str
+def test_bad_images_are_refused_with_id_path_and_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, expected: str
 ) -> None:
     monkeypatch.setattr(image_files, "RETRY_SECONDS", ())
     data = dataset(tmp_path, coco([image(1), image(4711)], []))
-    damage(tmp_path / "images" / "4711.png")
+    DAMAGE[fault](tmp_path / "images" / "4711.png")
     data[(0, 0)]
-    with pytest.raises(UserError, match=rf"image 4711: .*4711\.png .*{expected}"):
+    with pytest.raises(UserError, match=rf"image 4711: .*4711\.png .*{expected}.*, or set --data.bad-images skip"):
         data[(0, 1)]
 
 

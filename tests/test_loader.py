@@ -177,7 +177,10 @@ def test_a_bad_image_in_a_worker_arrives_as_one_clean_sentence(broken: CocoDetec
     for batches in (train_loader(broken, workers).epoch(0), iter(EvalLoader(broken, 1, 0, 1, workers, 1, False))):
         with pytest.raises(UserError) as caught:
             list(batches)
-        assert str(caught.value) == f"image 13: {broken.folder / '13.png'} is empty: replace the file"
+        assert (
+            str(caught.value)
+            == f"image 13: {broken.folder / '13.png'} is empty: replace the file, or set --data.bad-images skip"
+        )
 
 
 def test_too_few_images_are_refused_before_training(dataset: CocoDetection) -> None:

@@ -151,9 +151,12 @@ def measure(each: Subject, device: torch.device) -> AttentionStatistics:
         pad_multiple=each.cfg.data.pad_multiple,
         pin_memory=device.type == "cuda",
     )
-    batches = track(loader, each.name, transient=True, disable=not sys.stdout.isatty())
+    readable = ((batch, targets) for batch, targets in loader if targets[0].fault is None)
+    batches = track(readable, each.name, len(loader), transient=True, disable=not sys.stdout.isatty())
     statistics = attention_statistics(each.model, batches, each.costs)
-    print(f"{each.name}: {statistics.images} images, step {each.step}, in {time.perf_counter() - started:.1f} s")
+    unread = len(each.dataset) - statistics.images
+    images = f"{statistics.images} images" + (f" ({unread} more could not be read)" if unread else "")
+    print(f"{each.name}: {images}, step {each.step}, in {time.perf_counter() - started:.1f} s")
     return statistics
 
 

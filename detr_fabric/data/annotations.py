@@ -23,6 +23,7 @@ REQUIRED = {
     "categories": ("id", "name"),
     "annotations": ("image_id", "category_id", "bbox"),
 }
+SLACK = 1.0  # pixels by which a box may leave its image before that is worth a word: less is rounding
 # Polygons are most of COCO's text and never used: cutting them out first makes reading 3 times as fast. (A polygon that
 # is broken JSON in itself then goes unnoticed, as it goes unused.)
 SEGMENTATION = re.compile(rb'"segmentation"\s*:\s*\[[-+0-9.eE, \t\r\n\[\]]*\]')
@@ -42,6 +43,7 @@ class Annotations:
     crowd: np.ndarray  # (M,) bool
     areas: np.ndarray  # (M,) float64
     dropped: int = 0  # annotations left out: their boxes have no width or height inside the image
+    clipped: int = 0  # boxes that leave their image by more than SLACK pixels; the data set cuts off what is outside
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -74,6 +76,7 @@ class Annotations:
             crowd=self.crowd[objects],
             areas=self.areas[objects],
             dropped=self.dropped,
+            clipped=self.clipped,
         )
 
 
@@ -87,7 +90,8 @@ def read_annotations(
     """
     annotations, problems = inspect_annotations(path, categories, label_space)
     if annotations is None:
-        raise UserError(f"{path}: {problems[0].message}")
+        more = f"; {len(problems) - 1} other faults are listed by python -m detr_fabric.check" if problems[1:] else ""
+        raise UserError(f"{path}: {problems[0].message}{more}")
     return annotations
 
 
@@ -101,7 +105,7 @@ def inspect_annotations(
     was_enabled = gc.isenabled()
     gc.disable()  # a million small dictionaries set the collector off again and again: half of the reading time
     try:
-        return _inspect(_parse(path), categories, label_space)
+        return inspect_content(read_json(path), categories, label_space)
     finally:
         if was_enabled:
             gc.enable()
@@ -127,9 +131,10 @@ class _Objects(NamedTuple):
     areas: np.ndarray  # (m,) float64
 
 
-def _inspect(
+def inspect_content(
     content: dict[str, Any], training: Categories | None, label_space: LabelSpace
 ) -> tuple[Annotations | None, list[Problem]]:
+    """inspect_annotations of what a file holds."""
     problems = Problems()
     for table, keys in REQUIRED.items():
         _check_table(content, table, keys, problems)
@@ -155,7 +160,8 @@ def _inspect(
 
     assert categories is not None
     sizes = images.sizes[order]
-    kept = np.flatnonzero(_has_area(objects.boxes, sizes[image]))
+    kept = np.flatnonzero(has_area(objects.boxes, sizes[image]))
+    clipped = int((overhang(objects.boxes[kept], sizes[image[kept]]) > SLACK).sum())
     kept = kept[np.argsort(image[kept], kind="stable")]
     annotations = Annotations(
         categories=categories,
@@ -168,6 +174,7 @@ def _inspect(
         crowd=objects.crowd[kept],
         areas=objects.areas[kept],
         dropped=len(objects.ids) - len(kept),
+        clipped=clipped,
     )
     return annotations, []
 
@@ -266,14 +273,21 @@ def clip_boxes(xywh: np.ndarray, height: np.ndarray | int, width: np.ndarray | i
     return boxes
 
 
-def _has_area(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def has_area(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """(M,) whether boxes keep a width and a height inside images of (M, 2) height, width; 0: unknown."""
     limits = np.where(sizes > 0, sizes, LARGEST)
     clipped = clip_boxes(boxes, limits[:, 0], limits[:, 1])
     return np.all(clipped[:, 2:] > clipped[:, :2], axis=1)
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def overhang(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """(M,) pixels by which (M, 4) x, y, width, height leave images of (M, 2) height, width; 0: unknown."""
+    limits = np.where(sizes > 0, sizes, LARGEST)[:, ::-1]
+    return np.concatenate([-boxes[:, :2], boxes[:, :2] + boxes[:, 2:] - limits], axis=1).max(1)
+
+
+def read_json(path: Path, polygons: bool = False) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError where there is none, with the position of the fault."""
     try:
         text = Path(path).read_bytes()
     except FileNotFoundError as error:
@@ -283,7 +297,7 @@ def _parse(path: Path) -> dict[str, Any]:
     if not text.strip():
         raise UserError(f"{path} is empty: copy or download the annotations again")
     try:
-        content = json.loads(SEGMENTATION.sub(b'"segmentation":0', text))
+        content = json.loads(text if polygons else SEGMENTATION.sub(b'"segmentation":0', text))
     except (ValueError, RecursionError):
         content = _parse_for_position(path, text)
     if not isinstance(content, dict):

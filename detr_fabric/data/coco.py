@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -22,19 +22,29 @@ from detr_fabric.errors import UserError
 
 __all__ = ["Annotations", "Categories", "CocoDetection", "read_annotations"]
 
+BadImages = Literal["stop", "next", "blank"]
+IN_A_ROW = 16  # unreadable images after which it is the folder that is gone: nothing is skipped any more
+
 
 class CocoDetection(Dataset[tuple[Tensor, Target]]):
     """N images in ascending id order, those without objects included.
 
     Samples are named by (epoch, index), and their augmentation is a pure function of (seed, epoch, index), whatever the
     number of workers.
+
+    bad_images: what is given for an image that can't be read or has another size than annotated. "stop": a UserError
+    with its id and file; "next": the next image that can be read, so that batches stay full, ranks in step and the data
+    like themselves; "blank": an empty image without objects under its own id. The last two tell why in Target.fault.
     """
 
-    def __init__(self, folder: Path, annotations: Annotations, transform: Transform, seed: int) -> None:
+    def __init__(
+        self, folder: Path, annotations: Annotations, transform: Transform, seed: int, bad_images: BadImages = "stop"
+    ) -> None:
         self.folder = folder
         self.annotations = annotations
         self.transform = transform
         self.seed = seed
+        self.bad_images = bad_images
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -52,12 +62,21 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     def __getitem__(self, sample: Sample) -> tuple[Tensor, Target]:
         """(epoch, index) → (3, H, W) uint8 image after the transform, and its Target without crowds.
 
-        Raises UserError naming the image's id and file when it cannot be read or has another size than annotated.
+        Raises UserError where `bad_images` says stop, or for IN_A_ROW bad ones.
         """
         epoch, index = sample
-        image, boxes, labels = self.load(index)
-        orig_height, orig_width = image.shape[-2:]
         rng = random.Random(f"{self.seed}-{epoch}-{index}")
+        fault = None
+        try:
+            image, boxes, labels = self.load(index)
+        except UserError as error:
+            if self.bad_images == "stop":
+                raise UserError(f"{error}, or set --data.bad-images skip") from error
+            fault = str(error)
+            if self.bad_images == "blank":
+                return self._blank(index, fault)
+            index, (image, boxes, labels) = self._next_readable(index, error)
+        orig_height, orig_width = image.shape[-2:]
         image, boxes, labels = self.transform(image, boxes, labels, rng)
         height, width = image.shape[-2:]
         target = Target(
@@ -66,8 +85,25 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             image_id=self.annotations.image_ids[index].item(),
             orig_size=(orig_height, orig_width),
             size=(height, width),
+            fault=fault,
         )
         return image, target
+
+    def _next_readable(self, index: int, error: UserError) -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
+        """The first image after `index` that can be read, with its index."""
+        for step in range(1, min(IN_A_ROW, len(self))):
+            other = (index + step) % len(self)
+            try:
+                return other, self.load(other)
+            except UserError:
+                continue
+        raise UserError(f"{error} (nor can the images after it be read: check the folder {self.folder})") from error
+
+    def _blank(self, index: int, fault: str) -> tuple[Tensor, Target]:
+        size = (64, 64)
+        image_id = self.annotations.image_ids[index].item()
+        boxes, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+        return torch.zeros(3, *size, dtype=torch.uint8), Target(labels, boxes, image_id, size, size, fault)
 
     def load(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Image `index` as it is: (3, H, W) uint8, (n, 4) float32 xyxy boxes clipped to it, (n,) int64 labels."""

@@ -30,7 +30,7 @@ class Problems(list[Problem]):
     def report(self, kind: str, ids: Sequence[Any], what: str, cure: str) -> None:
         """Adds a problem if any id has it: `3 images have ... (5, 7, 9): correct them`."""
         if ids:
-            shown = ", ".join(_short(id) for id in ids[:3]) + (", ..." if len(ids) > 3 else "")
+            shown = ", ".join(short(id) for id in ids[:3]) + (", ..." if len(ids) > 3 else "")
             self.append(Problem(kind, tuple(ids), f"{len(ids)} {what} ({shown}): {cure}"))
 
 
@@ -103,6 +103,7 @@ def _number(value: Any) -> float:
         return float("inf")
 
 
-def _short(id: Any) -> str:
+def short(id: Any) -> str:
+    """An id in a message: strings in quotes, long ones cut."""
     text = ascii(id)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -205,7 +205,7 @@ def build_datasets(data: DataConfig, seed: int) -> tuple[CocoDetection, CocoDete
         annotations, _ = split(annotations, data.val_fraction)
     annotations = annotations.first(data.train_limit, with_objects=True)
     augment = train_transform(data.scales, data.max_size, data.flip, data.crop)
-    train = CocoDetection(images, annotations, augment, seed)
+    train = CocoDetection(images, annotations, augment, seed, "next" if data.bad_images == "skip" else "stop")
     return train, build_validation(data, train.categories, seed)
 
 
@@ -220,7 +220,8 @@ def build_validation(data: DataConfig, categories: Categories, seed: int) -> Coc
     if data.validate_on_train:
         annotations = annotations.first(data.train_limit, with_objects=True)
     annotations = annotations.first(data.val_limit, with_objects=False)
-    return CocoDetection(images, annotations, eval_transform(data.scales[-1], data.max_size), seed)
+    transform = eval_transform(data.scales[-1], data.max_size)
+    return CocoDetection(images, annotations, transform, seed, "blank" if data.bad_images == "skip" else "stop")
 
 
 def _paths(data: DataConfig, part: str) -> tuple[Path, Path]:

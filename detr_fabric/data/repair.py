@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from detr_fabric.data.annotations import REQUIRED, clip_boxes
+from detr_fabric.data.annotations import REQUIRED, SLACK, has_area, overhang
 from detr_fabric.data.categories import COCO91_CLASSES, Categories, Id, LabelSpace
-from detr_fabric.data.columns import LARGEST, fours, inside, look_up, numbers, side
+from detr_fabric.data.columns import LARGEST, fours, inside, look_up, numbers, short, side
 from detr_fabric.data.decoding import FileFault
 
 Training = Literal["refuses", "stops", "drops", "clips", "keeps"]  # the worst first
@@ -26,7 +26,6 @@ Mask = np.ndarray  # (n,) bool, over the rows of a table
 TRAINING: tuple[Training, ...] = ("refuses", "stops", "drops", "clips", "keeps")
 READING_ORDER = ("categories", "images", "annotations")
 NO_ID = "whose id is no whole number or string"
-SLACK = 1.0  # pixels by which a box may leave its image before that is worth a word: less is rounding
 OFTEN = 0.3  # part of all boxes that leave their images, above which their format is in doubt
 
 
@@ -109,7 +108,7 @@ class _Table:
         """Lists the rows of a mask as a finding."""
         found = np.flatnonzero(mask & self.whole).tolist()
         if found:
-            entries = [shown(self.given[row]["id"]) if "id" in self.given[row] else f"number {row}" for row in found]
+            entries = [short(self.given[row]["id"]) if "id" in self.given[row] else f"number {row}" for row in found]
             self.findings.append(Finding(f"{self.name} {what}", training, copy, entries))
 
     def drop(self, mask: Mask, what: str, training: Training = "refuses") -> None:
@@ -132,12 +131,6 @@ class _Table:
     def living(self, column: Iterable[Hashable]) -> list[Hashable | None]:
         """A column with None for the rows that were dropped."""
         return [value if alive else None for value, alive in zip(column, self.alive.tolist(), strict=True)]
-
-
-def shown(id: Any) -> str:
-    """An id in a message: strings in quotes, long ones cut."""
-    text = ascii(id)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _repair_categories(table: _Table, training: Categories | None, label_space: LabelSpace) -> list[Id]:
@@ -184,7 +177,7 @@ def _read_files(table: _Table, read_sizes: Callable[[list[Row]], list[tuple[int,
     for row, found in zip(rows, read_sizes([table.rows[row] for row in rows]), strict=True):
         image = table.rows[row]
         if isinstance(found, FileFault):
-            faults.setdefault(found.kind, []).append(f"{shown(image['id'])} {found.detail}")
+            faults.setdefault(found.kind, []).append(f"{short(image['id'])} {found.detail}")
             table.alive[row] = False
         elif not (image.get("height") and image.get("width")):
             table.rows[row] = image | {"height": found[0], "width": found[1]}
@@ -223,11 +216,9 @@ def _judge_boxes(table: _Table, images: list[Row], image: np.ndarray, category: 
     """Drops boxes without area in their image, and lists what is odd. image, category: (m,) place of each object's."""
     boxes = fours([row.get("bbox") for row in table.rows])  # (m, 4) x, y, width, height
     known = [(side(row.get("height")), side(row.get("width"))) for row in images] + [(0, 0)]  # the last one is at -1
-    sizes = np.where(np.array(known) > 0, known, LARGEST)[image]  # (m, 2) height, width
+    sizes = np.array(known)[image]  # (m, 2) height, width
     with np.errstate(all="ignore"):  # of boxes dropped above
-        clipped = clip_boxes(boxes, sizes[:, 0], sizes[:, 1])
-        outside = np.concatenate([-boxes[:, :2], boxes[:, :2] + boxes[:, 2:] - sizes[:, ::-1]], axis=1).max(1)
-    empty = (clipped[:, 2:] <= clipped[:, :2]).any(1)
+        empty, outside = ~has_area(boxes, sizes), overhang(boxes, sizes)
     table.drop(table.alive & empty, "whose box has no area in its image", training="drops")
     leaves = table.alive & (outside > SLACK)
     table.note(leaves, f"whose box leaves its image by more than {SLACK:.0f} pixel", training="clips")

@@ -40,6 +40,19 @@ def print_statistics(data: Annotations, queries: int) -> None:
     print()
 
 
+def summary(data: Annotations, queries: int) -> str:
+    """What training makes of the objects, in one line; queries: the most objects that an image can get."""
+    counts = objects_per_image(data)
+    odd = [
+        (data.dropped, "boxes without area dropped"),
+        (data.clipped, "boxes clipped to their image"),
+        (data.crowd.sum(), "crowds left out"),
+        ((counts == 0).sum(), "images without objects"),
+        ((counts > queries).sum(), f"images with more objects than the {queries} queries"),
+    ]
+    return ", ".join([f"{counts.sum():,} objects", *(f"{number:,} {what}" for number, what in odd if number)])
+
+
 def objects_per_image(data: Annotations) -> np.ndarray:
     """(N,) number of objects, crowds left out."""
     return np.bincount(_images_of_objects(data), minlength=len(data))
