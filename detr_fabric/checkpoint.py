@@ -19,12 +19,12 @@ from detr_fabric.errors import UserError
 VERSION = 1
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, content: dict[str, Any], keep_previous: bool = True) -> None:
     """Writes beside the target, then renames: a kill or a full disk leaves the previous file as it was.
 
-    What `path` held becomes previous.ckpt beside it. From the second call on, two different complete checkpoints exist
-    at every moment: the old previous.ckpt goes only after the new file has its name. Raises OSError or RuntimeError
-    when the file can't be written.
+    With keep_previous, what `path` held becomes previous.ckpt beside it. From the second call on, two different
+    complete checkpoints exist at every moment: the old previous.ckpt goes only after the new file has its name. Raises
+    OSError or RuntimeError when the file can't be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = path.with_name(f"{path.name}.tmp"), path.with_name("previous.ckpt.tmp")
@@ -33,14 +33,14 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
             torch.save({**content, "version": VERSION}, file)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
+        if keep_previous and path.exists():
             _link(path, old)
         os.replace(new, path)
-        if old.exists():
+        if keep_previous and old.exists():
             os.replace(old, path.with_name("previous.ckpt"))
         _sync_folder(path.parent)
     finally:
-        for temporary in (new, old):
+        for temporary in (new, old) if keep_previous else (new,):
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
 

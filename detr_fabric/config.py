@@ -290,13 +290,17 @@ class TrainConfig:
     """Minutes between two checkpoints inside an epoch; 0: after every step."""
     keep_every: int | None = None
     """Epochs between two checkpoints that are kept for good. Unset: only the last two and the best are kept."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When a loss or a gradient is not finite: stop all ranks, or leave the step out on all ranks and go on."""
+    max_nonfinite: int = 10
+    """With skip: stop all the same after this many such steps in a row."""
     requeue: bool = False
     """Under SLURM: put the job back into the queue (scontrol requeue) when a signal stops the run."""
     allow_config_change: bool = False
     """Resume even where settings or data that change the result differ from those of the checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "log_every", "checkpoint_every"):
+        for name in ("epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "max_nonfinite"):
             _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: it must be 1 or more")
         for name in ("max_steps", "devices", "keep_every"):
             value = getattr(self, name)

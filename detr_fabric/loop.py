@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -21,7 +21,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from detr_fabric.batch import ImageBatch, Target, normalize
 from detr_fabric.checkpoint import load_model_state
-from detr_fabric.cli import fail
 from detr_fabric.config import Config
 from detr_fabric.data.coco import CocoDetection
 from detr_fabric.data.loader import EvalLoader, TrainLoader, build_datasets
@@ -32,6 +31,7 @@ from detr_fabric.folder import RunLock, run_folder
 from detr_fabric.launch import build_fabric, end_together, settle_reduction_order
 from detr_fabric.loss.criterion import Losses, SetCriterion
 from detr_fabric.model.detr import build_model
+from detr_fabric.nonfinite import BatchStatistics, drop_step, is_overflow
 from detr_fabric.optimizer import build_optimizer, build_scheduler
 from detr_fabric.recorder import Recorder, count_parameters
 from detr_fabric.resume import Saver, State, checkpoint_exists, read_checkpoint, restore_optimizer, restore_state
@@ -48,6 +48,7 @@ class Step(NamedTuple):
     losses: Losses
     grad_norm: Tensor
     interrupted: bool  # on any rank, the same on all
+    dropped: str | None  # why the weights did not change, if something was not finite
 
 
 class Run(NamedTuple):
@@ -106,7 +107,7 @@ def setup(cfg: Config) -> Run:
         notes += load_weights(model, cfg.model.checkpoint, train_set.categories)
     model.to(memory_format=torch.channels_last)
     criterion = SetCriterion(num_classes, **asdict(cfg.loss)).to(fabric.device)
-    optimizer = build_optimizer(model, cfg.optim)
+    optimizer = build_optimizer(model, cfg.optim, fused=train.precision != "16-mixed")
     epoch_steps = train_loader.steps_per_epoch
     planned = min(train.epochs * epoch_steps, train.max_steps or math.inf)
     scheduler = build_scheduler(optimizer, cfg.optim, epoch_steps, int(planned))
@@ -188,7 +189,7 @@ def fit(run: Run) -> None:
             for micro_batches in meter.waiting(loader.epoch(state.epoch, skip=state.step_in_epoch)):
                 if state.step >= run.total_steps:
                     break
-                losses, grad_norm, interrupted = training_step(run, micro_batches)
+                losses, grad_norm, interrupted, dropped = training_step(run, micro_batches)
                 run.scheduler.step()
                 state.step += 1
                 state.step_in_epoch += 1
@@ -201,6 +202,8 @@ def fit(run: Run) -> None:
                     recorder.training(losses, run.criterion.weights, grad_norm, run.optimizer, numbers, state.step)
                 else:
                     recorder.progress.update(state.epoch, state.step)
+                if dropped is not None:
+                    recorder.dropped(dropped, state.dropped, state.step)
                 if interrupted:
                     leave(run, recorder, saver)
                 if saver.due():
@@ -273,22 +276,28 @@ def introduce(run: Run, recorder: Recorder) -> None:
 
 
 def training_step(run: Run, micro_batches: list[MicroBatch]) -> Step:
-    """One optimizer step over the gradients of all micro-batches; returns their losses and the gradient's norm."""
+    """One optimizer step over the gradients of all micro-batches; returns their losses and the gradient's norm.
+
+    Where one of these is not finite, all ranks raise EveryRankError or leave weights and statistics as they were.
+    """
     cfg, fabric, model, criterion = run.cfg, run.fabric, run.model, run.criterion
     dropout_seed = random.Random(f"dropout-{cfg.train.seed}-{run.state.step}-{fabric.global_rank}").getrandbits(63)
     torch.manual_seed(dropout_seed)
     all_targets = [target for _, targets in micro_batches for target in targets]
     normalizers = criterion.normalizers(all_targets, cfg.model.num_queries)
     counts = torch.tensor([*normalizers, float(run.preemption.requested is not None)], device=fabric.device)
-    num_boxes, class_weight_sum, asked_to_stop = fabric.all_reduce(counts, reduce_op="mean")
+    mean_counts = cast(Tensor, fabric.all_reduce(counts, reduce_op="mean"))
+    num_boxes, class_weight_sum, asked_to_stop = mean_counts
 
+    statistics = BatchStatistics(model.module)
     parts = []
     for index, micro_batch in enumerate(micro_batches, start=1):
         batch, targets = fabric.to_device(micro_batch)
         with fabric.no_backward_sync(model, enabled=index < len(micro_batches)):
             outputs = model(*normalize(batch))  # pred_logits (L, B, Q, C+1), pred_boxes (L, B, Q, 4)
             losses = criterion(outputs, targets, num_boxes.clamp(min=1), class_weight_sum)
-            fabric.backward(losses.total)
+            # a loss that is not finite makes the whole gradient NaN, whose average over ranks tells all of them
+            fabric.backward(losses.total * (1 + 0 * losses.total.detach()))
         parts.append(Losses(losses.total.detach(), losses.parts))
     losses = add_losses(parts)
 
@@ -296,12 +305,15 @@ def training_step(run: Run, micro_batches: list[MicroBatch]) -> Step:
     grad_norm = fabric.clip_gradients(model, run.optimizer, max_norm=max_norm, error_if_nonfinite=False)
     assert grad_norm is not None
     finite, interrupted = torch.stack([grad_norm.isfinite(), asked_to_stop > 0]).tolist()  # the step's one wait
-    overflow_is_normal = fabric.strategy.precision.precision == "16-mixed" and bool(losses.total.isfinite())
-    if not finite and not overflow_is_normal:  # gradients are averaged, so every rank sees the same
-        stop_not_finite(run, losses, all_targets)
-    run.optimizer.step()
+    dropped = None
+    if finite:
+        run.state.dropped_in_a_row = 0
+    elif not is_overflow(fabric, losses.total):
+        statistics.restore()
+        dropped = drop_step(run, micro_batches, losses, mean_counts[:2], dropout_seed)
+    run.optimizer.step()  # without gradients, after drop_step, it changes nothing but fp16's loss scale
     run.optimizer.zero_grad()
-    return Step(losses, grad_norm, interrupted)
+    return Step(losses, grad_norm, interrupted, dropped)
 
 
 def add_losses(parts: list[Losses]) -> Losses:
@@ -313,27 +325,6 @@ def add_losses(parts: list[Losses]) -> Losses:
             for name in parts[0].parts
         },
     )
-
-
-def stop_not_finite(run: Run, losses: Losses, targets: list[Target]) -> None:
-    """Ends all ranks before the weights are touched, saying where the numbers went wrong."""
-    mine = (
-        bool(losses.total.isfinite()),
-        [t.image_id for t in targets],
-        {k: v.item() for k, v in losses.parts.items()},
-    )
-    ranks = [mine]
-    if run.fabric.world_size > 1:
-        ranks = [mine] * run.fabric.world_size
-        torch.distributed.all_gather_object(ranks, mine)
-    broken = [
-        (images, {k: v for k, v in p.items() if not math.isfinite(v)}) for finite, images, p in ranks if not finite
-    ]
-    images = [i for ids, _ in broken or [(ids, {}) for _, ids, _ in ranks] for i in ids]
-    what = f"loss ({', '.join(sorted({k for _, p in broken for k in p}))})" if broken else "gradient"
-    step = run.state.step + 1
-    message = f"step {step}: the {what} is not finite, in a batch of images {', '.join(map(str, images))}"
-    fail(UserError(f"{message}; lower --optim.lr or use --train.precision 32-true"), everywhere=True)
 
 
 class Meter:

@@ -11,8 +11,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from detr_fabric.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:
-    """Groups "transformer" (all that is in no other), "backbone" and "alpha": together every trainable parameter."""
+def build_optimizer(model: nn.Module, optim: OptimConfig, fused: bool = True) -> AdamW:
+    """Groups "transformer" (all that is in no other), "backbone" and "alpha": together every trainable parameter.
+
+    fused: one kernel for all; not with fp16's loss scaling, for Fabric can't clip the gradients of such an optimizer.
+    """
     groups: dict[str, list[nn.Parameter]] = {"transformer": [], "backbone": [], "alpha": []}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -31,7 +34,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:
             for name, params in groups.items()
             if params
         ],
-        fused=True,
+        fused=fused,
     )
 
 

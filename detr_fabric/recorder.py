@@ -97,11 +97,13 @@ class Recorder:
 
     def record(self, values: Mapping[str, float], step: int) -> None:
         """One record of named values into log.jsonl and W&B."""
-        epoch = (step + self.step_offset) / self.steps_per_epoch
         if self.log is not None:
-            self.log.write(values, step, epoch)
+            self.log.write(values, step, self._epoch(step))
         if self.wandb is not None:
-            self.wandb.log_metrics({**values, "epoch": epoch}, step)
+            self.wandb.log_metrics({**values, "epoch": self._epoch(step)}, step)
+
+    def _epoch(self, step: int) -> float:
+        return (step + self.step_offset) / self.steps_per_epoch
 
     def skipped(self, faults: list[str], step: int) -> int:
         """Names the images of this step that a rank could not read. Returns their number over all ranks."""
@@ -148,6 +150,14 @@ class Recorder:
         values |= {"grad_norm": grad_norm.item(), **speed, "memory_gb": peak_memory(self.fabric.device)}
         self.record(values, step)
         self.progress.update((step + self.step_offset - 1) // self.steps_per_epoch, step, values)
+
+    def dropped(self, sentence: str, count: int, step: int) -> None:
+        """A step that was left out: the sentence to the console and log.jsonl, the count so far to W&B as well."""
+        self.progress.say(sentence)
+        if self.log is not None:
+            self.log.write({"dropped_steps": count, "dropped": sentence}, step, self._epoch(step))
+        if self.wandb is not None:
+            self.wandb.log_metrics({"dropped_steps": count, "epoch": self._epoch(step)}, step)
 
     def evaluation(self, evaluation: Evaluation, step: int) -> None:
         """Scores, what the attention does, and the panel: into the folder, log.jsonl, W&B and the console."""

@@ -38,6 +38,8 @@ HARMLESS = {  # settings that may change between two halves of a run, whole sect
         "train.checkpoint_every",
         "train.checkpoint_minutes",
         "train.keep_every",
+        "train.on_nonfinite",
+        "train.max_nonfinite",
         "train.requeue",
         "train.allow_config_change",
     ),
@@ -59,6 +61,8 @@ class State:
     evaluated: int = 0  # the step of the last evaluation
     best_ap: float = -1.0
     skipped: int = 0  # times that another image took the place of one that could not be read, on all ranks
+    dropped: int = 0  # steps that were left out because something was not finite
+    dropped_in_a_row: int = 0  # of these the latest, with no good step since
     wandb_run_id: str | None = None
 
 

@@ -8,6 +8,7 @@ The names of the logged values are the same in both:
     val/AP, val/AP50 …         the 12 COCO statistics    data_wait          part of the time spent waiting for data
     val/AP_class/<name>        AP of one class           memory_gb          peak on the device, in GiB
     skipped_images             bad images so far, with `--data.bad-images skip`; a record with `skipped` names each
+    dropped_steps              so far, at each step that was left out because something was not finite
     attention/<site>/layer<l>/<measure>, alpha/<site>/layer<l>[/head<h>]    see analysis/statistics.py
 
 Every record also has `step` (optimizer steps done) and `epoch`. W&B gets `val/AP_table` (class, AP), `attention/heads`

@@ -15,7 +15,7 @@ from detr_fabric.config import Config
 def main(preset: Config | None = None) -> None:
     """Parses the command line over a preset, then trains. torch is imported after that: --help is immediate."""
     config = parse_train(sys.argv[1:], preset)
-    from detr_fabric.errors import UserError
+    from detr_fabric.errors import EveryRankError, UserError
     from detr_fabric.launch import first_error_only, leave_together
     from detr_fabric.loop import fit, setup
     from detr_fabric.signals import EXIT_PREEMPTED, Preempted
@@ -28,6 +28,11 @@ def main(preset: Config | None = None) -> None:
         with first_error_only(run.fabric):
             fit(run)
         leave_together()
+    except EveryRankError as error:
+        if run.fabric.is_global_zero:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        leave_together()  # as it waits for all, the sentence is out before a launcher sees one rank end
+        sys.exit(2)
     except UserError as error:
         fail(error)
     except Preempted:

@@ -1,0 +1,357 @@
+"""A loss or a gradient that is not finite: all ranks stop together or leave the step out, and it can be run again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
+from torch import nn
+
+from detr_fabric import loop, nonfinite, replay
+from detr_fabric.checkpoint import load_checkpoint
+from detr_fabric.cli import load_preset
+from detr_fabric.config import AttnConfig, Config, Mapping, ModelConfig, OptimConfig
+from detr_fabric.data.categories import Categories
+from detr_fabric.errors import EveryRankError
+from detr_fabric.loss.criterion import Losses, SetCriterion
+from detr_fabric.model.detr import build_model
+from detr_fabric.nonfinite import BLACK_BOX, examine
+from detr_fabric.optimizer import build_optimizer
+from detr_fabric.resume import State
+from detr_fabric.signals import Preemption
+from tests.processes import Job, records
+from tests.test_faults import assert_same, losses_of
+from tests.test_model import SMALL, small_detr
+from tests.test_train import small_batch
+
+DEBUG = ("--preset", "debug", "--train.log-every", "1", "--train.checkpoint-minutes", "0")
+FEW = ("--eval.attention-images", "0", "--wandb.panel-images", "0", "--data.val-limit", "2")
+LAYER = "transformer.decoder.layers.0"
+
+Fault = Literal["loss", "gradient", "total", "nothing"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("user")
+
+
+def job(folder: Path, run: str, *args: str, ranks: int = 1, target: Any = None) -> Job:
+    cache = str(folder / "cache")
+    images = ("--train.batch-size", str(8 // ranks))  # 8 steps an epoch
+    args = (*DEBUG, *FEW, *images, "--train.run-dir", run, *args)
+    return Job(*args, cwd=folder, ranks=ranks, target=target, XDG_CACHE_HOME=cache)
+
+
+def errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+# ---- faults, put into a running process
+
+
+def break_steps(fault: Fault, rank: int, *steps: int) -> None:
+    """While these steps run on this rank, weights of a decoder layer are such that the loss is NaN, or such that the
+    loss is what it was, but its gradient is too large for float32. "total": the loss is infinite, its gradient as ever.
+    "nothing": these steps are not run at all."""
+    whole = loop.training_step
+
+    def broken(run: loop.Run, micro_batches: list[loop.MicroBatch]) -> loop.Step:
+        if run.state.step + 1 not in steps:
+            return whole(run, micro_batches)
+        if fault == "nothing":
+            nan = torch.tensor(float("nan"))
+            return loop.Step(Losses(nan, {}), nan, interrupted=False, dropped="not run")
+        layer = run.model.module.get_submodule(LAYER)
+        before = [p.clone() for p in layer.parameters()]
+        with torch.no_grad():
+            if run.fabric.global_rank != rank:
+                pass
+            elif fault == "total":
+                run = run._replace(criterion=Infinite(run.criterion))
+            elif fault == "loss":
+                layer.linear1.weight[3, 5] = float("nan")
+            else:
+                layer.linear1.weight.mul_(1e-25)
+                layer.linear1.bias.mul_(1e-25)
+                layer.linear2.weight.mul_(1e25)
+        try:
+            return whole(run, micro_batches)
+        finally:
+            with torch.no_grad():
+                for p, value in zip(layer.parameters(), before, strict=True):
+                    p.copy_(value)
+
+    loop.training_step = broken
+
+
+class Infinite(nn.Module):
+    """A criterion whose total gets an infinite constant."""
+
+    def __init__(self, criterion: SetCriterion) -> None:
+        super().__init__()
+        self.criterion, self.normalizers = criterion, criterion.normalizers
+
+    def forward(self, *args: Any) -> Losses:
+        total, parts = self.criterion(*args)
+        return Losses(total + math.inf, parts)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("fault", "place"),
+    [
+        ("loss", f"the output of {LAYER}.linear1, whose weight is not finite"),
+        ("gradient", f"the gradient of {LAYER}.linear1."),
+    ],
+    ids=["loss", "gradient"],
+)
+def test_all_ranks_stop_at_the_same_step_with_one_sentence_and_a_step_that_can_be_run_again(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Fault,
+    place: str,
+    ranks: int,
+) -> None:
+    run = f"stop_{fault}{ranks}"
+    going = job(folder, run, ranks=ranks, target=partial(break_steps, fault, ranks - 1, 3))
+    assert going.wait() == [2] * ranks, going.text()
+    (said,) = errors(going.text())
+    assert "Traceback" not in going.text()
+    what = "the loss (loss_ce, " if fault == "loss" else "the gradient"
+    assert said.startswith(f"error: step 3: {what}") and f"is not finite, first {place}" in said
+    assert str(Path(run) / BLACK_BOX) in said and "--optim.lr" in said and "--train.on-nonfinite skip" in said
+    kept = [load_checkpoint(folder / run / name)["state"]["step"] for name in ("last.ckpt", "previous.ckpt")]
+    assert kept == [2, 1] and not list((folder / run).glob("*.tmp"))
+
+    file = folder / run / BLACK_BOX
+    saved = torch.load(file, weights_only=True)
+    images = [target[2] for part in saved["micro_batches"] for target in part["targets"]]
+    assert len(images) == 8 // ranks and f"images {', '.join(map(str, images))};" in said
+    assert saved["rank"] == ranks - 1
+
+    monkeypatch.setattr("sys.argv", ["replay", str(file)])
+    replay.main()
+    printed = capsys.readouterr().out
+    assert f"step 3, rank {ranks - 1}, images {', '.join(map(str, images))}" in printed
+    then, now = (line.partition(": ")[2].strip() for line in printed.splitlines()[-2:])
+    assert then == now and then.startswith(place) and f"first {then}, in a batch" in said
+    for line in printed.splitlines():
+        if line.startswith("loss"):
+            then, now = map(float, line.split()[1:])
+            assert then == pytest.approx(now, rel=1e-4, nan_ok=True)
+
+
+def test_a_loss_that_is_infinite_on_one_rank_stops_both_though_every_gradient_is_finite(folder: Path) -> None:
+    going = job(folder, "total", ranks=2, target=partial(break_steps, "total", 1, 2))
+    assert going.wait() == [2, 2], going.text()
+    (said,) = errors(going.text())
+    assert said.startswith("error: step 2: the loss is not finite, first the total loss, in a batch of images ")
+
+
+@pytest.mark.parametrize(("fault", "ranks"), [("loss", 2), ("gradient", 1)])
+def test_a_dropped_step_leaves_weights_moments_and_statistics_as_if_it_had_not_been_run(
+    folder: Path, fault: Fault, ranks: int
+) -> None:
+    """The same run, whose third step is never computed, has the same weights, batch statistics, moments and learning
+    rates at the end, and the same losses at every other step. The first of them is stopped and resumed on the way."""
+    run, skip = f"skip_{fault}", ("--train.on-nonfinite", "skip")
+    halves = [("--train.max-steps", "5"), ("--train.max-steps", "7")]
+    for half in halves:
+        going = job(folder, run, *skip, *half, ranks=ranks, target=partial(break_steps, fault, ranks - 1, 3))
+        assert going.wait() == [0] * ranks, going.text()
+    reference = job(folder, f"{run}_not_run", *halves[1], ranks=ranks, target=partial(break_steps, "nothing", 0, 3))
+    assert reference.wait() == [0] * ranks, reference.text()
+    contents = [load_checkpoint(folder / name / "last.ckpt") for name in (run, f"{run}_not_run")]
+    for key in ("model", "optimizer", "lr_scheduler", "epoch"):
+        assert_same(*(content[key] for content in contents))
+    assert any("running_mean" in name for name in contents[0]["model"])
+    assert contents[0]["state"]["dropped"] == 1 and contents[0]["state"]["dropped_in_a_row"] == 0
+    logged = [[r for r in records(folder / name) if "grad_norm" in r] for name in (run, f"{run}_not_run")]
+    assert [r["step"] for r in logged[0]] == list(range(1, 8))
+    assert logged[0][2]["grad_norm"] is None
+    for ours, theirs in zip(*logged, strict=True):
+        assert ours["step"] == 3 or losses_of(ours) == losses_of(theirs)
+    (drop,) = [r for r in records(folder / run) if "dropped_steps" in r]
+    assert (drop["step"], drop["dropped_steps"]) == (3, 1) and LAYER in drop["dropped"]
+    assert (folder / run / BLACK_BOX).exists()
+
+
+def test_a_run_gives_up_after_so_many_bad_steps_in_a_row_and_not_before(folder: Path) -> None:
+    limit = ("--train.on-nonfinite", "skip", "--train.max-nonfinite", "3")
+    going = job(folder, "limit", *limit, target=partial(break_steps, "loss", 0, 2, 3, 5, 6, 7, 8))
+    assert going.wait() == [2], going.text()
+    (said,) = errors(going.text())
+    assert "step 7: " in said and "3 steps in a row" in said and "--train.max-nonfinite" in said
+    assert [r["dropped_steps"] for r in records(folder / "limit") if "dropped_steps" in r] == [1, 2, 3, 4]
+    assert load_checkpoint(folder / "limit" / BLACK_BOX)["step"] == 5  # the first of the last series
+    state = load_checkpoint(folder / "limit" / "last.ckpt")["state"]
+    assert (state["step"], state["dropped"], state["dropped_in_a_row"]) == (6, 4, 2)
+    again = job(folder, "limit", *limit, target=partial(break_steps, "loss", 0, 7))  # the counts are resumed
+    assert again.wait() == [2] and "3 steps in a row" in again.text()
+
+
+# ---- fp16
+
+
+def fp16_on_the_cpu(scale: float) -> Fabric:
+    """fp16 with a loss scale on a CPU, which Fabric's own choice of plugins leaves to GPUs."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return Fabric(accelerator="cpu", devices=1, plugins=MixedPrecision("16-mixed", "cpu", scaler))
+
+
+def step_in_fp16(folder: Path, scale: float) -> tuple[Any, loop.Run]:
+    """A model, and what a training step needs."""
+    cfg = load_preset("debug").resolve()
+    fabric = fp16_on_the_cpu(scale)
+    model = small_detr(last_stage="layer1", enc_layers=1, dec_layers=1)  # fp16 is slow on a CPU
+    wrapped, optimizer = fabric.setup(model, build_optimizer(model, OptimConfig(), fused=False))
+    categories = Categories((1, 2, 3, 4, 5), tuple("abcde"))
+    run = SimpleNamespace(
+        cfg=cfg,
+        fabric=fabric,
+        model=wrapped,
+        criterion=SetCriterion(5),
+        optimizer=optimizer,
+        state=State(),
+        preemption=Preemption(),
+        folder=folder,
+        train_set=SimpleNamespace(categories=categories),
+    )
+    return model, run  # type: ignore[return-value]
+
+
+def test_an_overflow_of_the_loss_scale_is_normal_but_a_loss_or_gradient_that_is_not_finite_is_not(
+    tmp_path: Path,
+) -> None:
+    model, run = step_in_fp16(tmp_path, scale=2.0**60)
+    before = [p.clone() for p in model.parameters()]
+    for _ in range(2):
+        losses, norm, _, dropped = loop.training_step(run, small_batch()[2:4])
+        assert losses.total.isfinite() and not norm.isfinite() and dropped is None
+    assert run.fabric.strategy.precision.scaler.get_scale() == 2.0**58 and run.state.dropped == 0
+    assert all(map(torch.equal, before, model.parameters())) and not list(tmp_path.iterdir())
+    run.fabric.strategy.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    norm = loop.training_step(run, small_batch()[2:4]).grad_norm
+    assert norm.isfinite() and not all(map(torch.equal, before, model.parameters()))
+
+    with torch.no_grad():
+        model.class_embed.bias[0] = float("nan")
+    with pytest.raises(EveryRankError, match="first the output of class_embed, whose bias is not finite"):
+        loop.training_step(run, small_batch()[2:4])
+
+
+def test_a_gradient_that_overflows_without_any_loss_scale_stops_fp16_too(tmp_path: Path) -> None:
+    model, run = step_in_fp16(tmp_path, scale=1.0)
+    model.class_embed.bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(EveryRankError, match="the gradient is not finite, first the gradient of class_embed.bias"):
+        loop.training_step(run, small_batch()[2:4])
+    assert load_checkpoint(tmp_path / BLACK_BOX)["precision"] == "16-mixed"
+
+
+def test_a_step_dropped_in_fp16_changes_no_weight_and_the_next_one_is_taken(tmp_path: Path) -> None:
+    model, run = step_in_fp16(tmp_path, scale=2.0)
+    object.__setattr__(run.cfg.train, "on_nonfinite", "skip")
+    before = [p.clone() for p in model.parameters()]
+    with torch.no_grad():
+        model.class_embed.bias[0] = float("nan")
+    dropped = loop.training_step(run, small_batch()[2:4]).dropped
+    assert dropped is not None and "the step is dropped, 1 in all, 1 in a row" in dropped
+    with torch.no_grad():
+        model.class_embed.bias.copy_(dict(zip(dict(model.named_parameters()), before, strict=True))["class_embed.bias"])
+    assert all(map(torch.equal, before, model.parameters()))
+    assert loop.training_step(run, small_batch()[2:4]).dropped is None and run.state.dropped_in_a_row == 0
+    assert not all(map(torch.equal, before, model.parameters()))
+
+
+def fp16_with_one_bad_loss() -> None:
+    """An overflow of the scale, then at step 2 a loss that is not finite, on rank 1 alone."""
+    build = loop.build_fabric
+
+    def build_fp16(*args: Any, **kwargs: Any) -> Fabric:
+        fabric = build(*args, **kwargs)
+        fabric.strategy.precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**40))
+        return fabric
+
+    loop.build_fabric = build_fp16
+    loop.build_optimizer = lambda model, optim, fused: build_optimizer(model, optim, fused=False)
+    break_steps("loss", 1, 2)
+
+
+def test_ranks_agree_that_a_loss_of_one_of_them_is_no_overflow(folder: Path) -> None:
+    going = job(folder, "fp16", "--train.batch-size", "1", ranks=2, target=fp16_with_one_bad_loss)
+    assert going.wait() == [2, 2], going.text()
+    (said,) = errors(going.text())
+    assert said.startswith("error: step 2: the loss (") and f"{LAYER}.linear1" in said
+    norms = [record["grad_norm"] for record in records(folder / "fp16") if "grad_norm" in record]
+    assert norms == [None]
+
+
+@pytest.mark.gpu
+def test_fp16_trains_on_a_gpu_through_overflows(folder: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    going = job(folder, "gpu", "--train.precision", "16-mixed", target=overflow_at_first)
+    assert going.wait() == [0], going.text()
+    norms = [record["grad_norm"] for record in records(folder / "gpu") if "grad_norm" in record]
+    assert norms[0] is None and norms[-1] is not None
+    assert load_checkpoint(folder / "gpu" / "last.ckpt")["state"]["dropped"] == 0
+
+
+def overflow_at_first() -> None:
+    whole = loop.training_step
+
+    def with_a_large_scale(run: loop.Run, micro_batches: list[loop.MicroBatch]) -> loop.Step:
+        if run.state.step == 0:
+            scaler = torch.amp.GradScaler(init_scale=2.0**40, growth_interval=1000)
+            run.fabric.strategy.precision.scaler = scaler
+        if run.state.step == 3:
+            run.fabric.strategy.precision.scaler.update(2.0**10)
+        return whole(run, micro_batches)
+
+    loop.training_step = with_a_large_scale
+
+
+# ---- the search for the first bad place
+
+
+def examined(model: nn.Module) -> nonfinite.Findings:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    return examine(fabric, model.train(), SetCriterion(5), small_batch()[2:5], torch.tensor([6.0, 90.0]), seed=1)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sparsemax", "entmax-learned", "topk"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_in_a_healthy_step_nothing_is_found_and_nothing_moves(kind: Mapping, checkpointing: bool) -> None:
+    parts = ModelConfig("resnet18", "none", norm="batch", gradient_checkpointing=checkpointing, **SMALL)
+    model = build_model(replace(Config(), model=parts).resolve().model, AttnConfig(kind), 5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = examined(model)
+    assert found.place is None and found.image_ids == [2, 3, 4] and all(map(math.isfinite, found.losses.values()))
+    assert_same({**model.state_dict()}, before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_gradient_of_an_output_is_named_where_it_first_goes_wrong() -> None:
+    class Spoiled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = super().forward(x)
+            out.register_hook(lambda gradient: gradient * float("nan"))
+            return out * 1
+
+    model = small_detr()
+    layer = model.transformer.decoder.layers[1]
+    spoiled = Spoiled(layer.linear1.in_features, layer.linear1.out_features)
+    spoiled.load_state_dict(layer.linear1.state_dict())
+    layer.linear1 = spoiled
+    place = examined(model).place
+    assert place is not None and place.startswith("the gradient of transformer.decoder.layers.1.linear1.")
