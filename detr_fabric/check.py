@@ -9,6 +9,7 @@ import gc
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ from detr_fabric.progress import counted
 
 PROG = "python -m detr_fabric.check"
 ABOUT = """Finds everything that is wrong with a COCO-format data set, says what training does about it, and shows what
-matters to DETR. Training refuses a file as a whole, stops at an image that it cannot read, drops boxes without area,
-clips boxes to their image, and keeps the rest.
+matters to DETR. Training refuses a file as a whole, stops at an image that it cannot read (or goes on without it, with
+--data.bad-images skip), drops boxes without area, clips boxes to their image, and keeps the rest.
 
 --fix writes a copy that training accepts. It drops annotations whose bbox is unusable or has no area or whose image or
 category is unknown or dropped, images whose file_name leaves their folder, categories that training refuses, and of
@@ -183,6 +184,8 @@ def _check(part: Part, training: Categories | None, settings: Settings) -> tuple
     accepted = not any(finding.training in ("refuses", "stops") for finding in findings)
     unseen = "" if part.images else " (the image files were not looked at)"
     print(f"  training {'accepts' if accepted else 'does not accept'} it{unseen}")
+    if not accepted and settings.fix is None and repaired.content is not None:
+        print(f"  to write a copy that it accepts: {printable(_fixing(part, training is not None, settings))}")
     if settings.fix is not None and repaired.content is None:
         print(f"  {printable(settings.fix)} was not written: nothing would be left")
     elif settings.fix is not None and repaired.content is not None:
@@ -191,6 +194,19 @@ def _check(part: Part, training: Categories | None, settings: Settings) -> tuple
         accepted = True
     print()
     return accepted, None if annotations is None else annotations.categories
+
+
+def _fixing(part: Part, for_validation: bool, settings: Settings) -> str:
+    """The command that mends one annotation file."""
+    command = [*PROG.split(), str(part.annotations), "--fix", "OUT.json"]
+    if part.images is not None:
+        command += ["--images", str(part.images)]
+    if for_validation:
+        beside = part.annotations.with_name(f"instances_{SPLITS[0]}.json")  # with --root
+        command += ["--train-annotations", settings.train_annotations or str(beside)]
+    if settings.label_space != "contiguous":
+        command += ["--label-space", settings.label_space]
+    return shlex.join(command)
 
 
 def _write_copy(out: Path, content: dict[str, Any], training: Categories | None, label_space: LabelSpace) -> None:

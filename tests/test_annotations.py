@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from detr_fabric.data.annotations import Annotations, inspect_annotations, read_annotations
 from detr_fabric.data.categories import Categories
 from detr_fabric.data.coco_classes import COCO_CLASSES
+from detr_fabric.data.report import summary
 from detr_fabric.errors import UserError
 
 
@@ -215,6 +216,26 @@ def test_a_name_with_two_dots_inside_is_no_parent_folder(tmp_path: Path) -> None
     names = ["a..b.jpg", "sub/folder/c.jpg", "..d.jpg"]
     content = coco([image(number, file_name=name) for number, name in enumerate(names)], [])
     assert read(tmp_path, content).file_names.tolist() == names
+
+
+def test_the_first_of_several_faults_is_told_with_the_number_of_the_others(tmp_path: Path) -> None:
+    content = coco(None, [thing(1, 1, box="x"), thing(2, 9), thing(3, 1, category=9)])
+    sentence = refusal(tmp_path, content)
+    assert "1 annotations have a bbox" in sentence
+    assert sentence.endswith("; 2 other faults are listed by python -m detr_fabric.check")
+
+
+def test_the_summary_counts_what_training_clips_drops_and_leaves_out(tmp_path: Path) -> None:
+    boxes = [[-2, 5, 20, 10], [30, 25, 12, 4], [30, 25, 10.5, 4], [5, 5, 0, 9], [1, 1, 5, 5], [2, 2, 5, 5]]
+    things = [thing(n, 1, box=box) for n, box in enumerate(boxes)] + [thing(9, 2, iscrowd=1)]
+    found = read(tmp_path, coco([image(1), image(2), image(3)], things))
+    assert summary(found, queries=4) == (
+        "5 objects, 1 boxes without area dropped, 2 boxes clipped to their image, 1 crowds left out, "
+        "2 images without objects, 1 images with more objects than the 4 queries"
+    )
+    assert summary(read(tmp_path, coco()), queries=4) == "3 objects"
+    unknown = coco([{"id": 1, "file_name": "a.png"}], [thing(1, 1, box=[500, 1, 9, 9])])
+    assert summary(read(tmp_path, unknown), queries=4) == "1 objects"
 
 
 def test_all_problems_are_found_at_once(tmp_path: Path) -> None:

@@ -191,6 +191,21 @@ def test_two_ranks_skip_the_same_images_in_the_same_steps(folder: Path) -> None:
         assert going.text().count(f"skipped image {n}: root/train2017/{n}.png ") == 1
 
 
+@pytest.mark.faults
+def test_a_run_goes_on_where_its_data_were_moved_linked_and_made_read_only(folder: Path, tmp_path: Path) -> None:
+    moved = write_root(tmp_path / "before", content(), content(6))
+    assert job(folder, "moved", "--data.root", str(moved), "--train.max-steps", "3").wait() == [0]
+    moved = moved.rename(tmp_path / "after")
+    (tmp_path / "link").symlink_to(moved)
+    for path in sorted(moved.rglob("*"), reverse=True):
+        path.chmod(0o500 if path.is_dir() else 0o400)
+    going = job(folder, "moved", "--data.root", str(tmp_path / "link"))
+    assert going.wait() == [0], going.text()
+    assert "resumed at step 3" in going.text() and len(losses(folder / "moved")) == STEPS
+    for path in moved.rglob("*"):
+        path.chmod(0o700)
+
+
 def test_evaluation_of_a_checkpoint_stops_or_counts_bad_images_without_detections(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

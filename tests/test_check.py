@@ -11,6 +11,7 @@ import os
 import pty
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -426,7 +427,7 @@ def test_both_parts_of_a_root_are_checked_and_validation_uses_the_training_categ
     root = write_root(tmp_path, clean(), val)
     (root / "val2017" / "1.png").write_bytes(b"")
     code, report, _ = checked("--root", root, "--workers", "1")
-    train_report, val_report = report.split(f"{root}/annotations/instances_val2017.json")
+    train_report, val_report = report.split(f"{root}/annotations/instances_val2017.json\n")
     assert code == 1 and found(train_report) == {}
     assert found(val_report) == {
         "categories with another name than in the training annotations": ("refuses", 1, "2"),
@@ -434,6 +435,10 @@ def test_both_parts_of_a_root_are_checked_and_validation_uses_the_training_categ
         "images whose file is empty": ("stops", 1, f"1 {root}/val2017/1.png"),
         "annotations of images at which training stops": ("stops", 2, "1, 3"),
     }
+    (command,) = re.findall("to write a copy that it accepts: python -m detr_fabric.check (.*)", report)
+    out = tmp_path / "out.json"
+    assert checked(*shlex.split(command.replace("OUT.json", str(out))), "--workers", "1")[0] == 0
+    assert read_annotations(out, Categories((1, 2), ("cat", "dog"))).image_ids.tolist() == [2]
     write_json(root / "annotations" / "instances_val2017.json", clean())
     assert checked("--root", root, "--annotations-only")[0] == 0
     assert checked("--root", root, "--workers", "1")[0] == 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,8 @@ from detr_fabric.data.coco import CocoDetection
 from detr_fabric.data.loader import build_datasets, build_validation
 from detr_fabric.data.transforms import eval_transform, train_transform
 from detr_fabric.errors import UserError
+from detr_fabric.scoring import Backend, Detections, Scores, score
+from detr_fabric.train import main
 
 
 def dataset(folder: Path, content: dict[str, Any], scale: int = 30) -> CocoDetection:
@@ -182,6 +186,73 @@ def test_ground_truth_is_renumbered_and_the_same_for_strange_ids(tmp_path: Path)
     ]
 
 
+STRANGE: dict[str, Any] = {  # a change of nothing but what is written in the file
+    "gaps": {"image": lambda n: 7 + 1000 * n, "thing": lambda n: 3 + 9 * n, "category": lambda n: 50 * n},
+    "from 0": {"image": lambda n: n, "thing": lambda n: n, "category": lambda n: n - 1},
+    "huge": {"image": lambda n: 2**62 + n, "thing": lambda n: 10**15 + n, "category": lambda n: 2**40 + n},
+    "strings": {"image": lambda n: f"photo {n:02}", "thing": lambda n: f"box {n}", "category": lambda n: f"c{n}"},
+    "missing area": {"without": ("area",)},
+    "missing iscrowd": {"without": ("iscrowd",)},
+    "missing both": {"without": ("area", "iscrowd")},
+    "no annotation ids": {"without": ("id",)},
+}
+
+
+def scores_of(folder: Path, content: dict[str, Any]) -> list[Scores]:
+    """Scores, by both libraries, of detections that are the objects, some moved, some of another class, some missed."""
+    annotations = read_annotations(write_json(folder / "instances.json", content))
+    data = CocoDetection(folder, annotations, eval_transform(30, 1333), seed=0)
+    rng = np.random.default_rng(0)
+    detections = []
+    for index, image_id in enumerate(data.image_ids):
+        objects = slice(index * 3, index * 3 + 3)
+        boxes = np.array(OBJECTS[objects], dtype=float)
+        boxes[:, 2:] += boxes[:, :2] + rng.normal(0, 1.5, (3, 2))
+        labels = (np.arange(3) + (rng.random(3) < 0.3)) % 2
+        found = (torch.from_numpy(rng.random(3)), torch.from_numpy(labels), torch.from_numpy(boxes))
+        detections.append(Detections(image_id, *found))
+    return [score(data.ground_truth(), data.image_ids, detections, backend) for backend in BACKENDS]
+
+
+BACKENDS: tuple[Backend, ...] = ("pycocotools", "faster-coco-eval")
+OBJECTS = [[3 + n % 5, 2 + n % 3, 12 + n % 11, 9 + n % 7] for n in range(30)]
+
+
+def twin(crowds: bool = False, image: Any = None, thing: Any = None, category: Any = None, without: Any = ()) -> Any:
+    """Ten images of three objects each; ids as the functions say, some keys left out."""
+    same = lambda n: n  # noqa: E731
+    image, thing, category = image or same, thing or same, category or same
+    things = [
+        {
+            "id": thing(n),
+            "image_id": image(n // 3),
+            "category_id": category(1 + n % 3 % 2),
+            "bbox": box,
+            "area": box[2] * box[3],
+            "iscrowd": int(crowds),
+        }
+        for n, box in enumerate(OBJECTS)
+    ]
+    things = [{key: value for key, value in entry.items() if key not in without} for entry in things]
+    images = [{"id": image(n), "file_name": f"{n}.png", "width": 40, "height": 30} for n in range(10)]
+    return coco(images, things, [{"id": category(n), "name": f"class {n}"} for n in (1, 2)])
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_ap_equals_a_clean_twins(tmp_path: Path, case: str) -> None:
+    clean, strange = scores_of(tmp_path, twin()), scores_of(tmp_path, twin(**STRANGE[case]))
+    assert clean == strange and 0.1 < clean[0].stats["AP"] < 0.9
+    assert clean[0].stats == pytest.approx(clean[1].stats, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "content", [twin(crowds=True), twin() | {"annotations": []}], ids=["crowds only", "no objects"]
+)
+def test_without_objects_ap_is_undefined_and_said_so(tmp_path: Path, content: dict[str, Any]) -> None:
+    for scores in scores_of(tmp_path, content):
+        assert set(scores.stats.values()) == {-1} and scores.per_class == {}
+
+
 def test_a_data_set_can_be_sent_to_spawned_workers(tmp_path: Path) -> None:
     data = dataset(tmp_path, coco())
     copied = pickle.loads(pickle.dumps(data))
@@ -288,6 +359,31 @@ def test_missing_parts_name_path_and_flag(tmp_path: Path, gone: str, flag: str) 
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(UserError, match=f"{path} .*--data.root or {flag}"):
         build_datasets(resolved(root=str(tmp_path)), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", r"instances_train2017\.json is empty"),
+        ('{"images": [1,\n}', r"instances_train2017\.json is broken JSON at line 2, column 1"),
+        ('{"images": []}', r"instances_train2017\.json: its list 'images' is empty.*; 2 other faults are listed"),
+        (json.dumps(coco(None, [thing(7, 99), thing(8, 98)])), r"2 annotations name an image .* \(7, 8\)"),
+    ],
+)
+def test_training_refuses_wrong_annotations_with_one_sentence_and_exit_code_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    expected: str,
+) -> None:
+    root = write_root(tmp_path, several(2), several(2))
+    (root / "annotations" / "instances_train2017.json").write_text(text)
+    monkeypatch.setattr("sys.argv", ["train.py", "--preset", "debug", "--data.root", str(root)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and re.search(rf"^error: .*{expected}", line)
 
 
 def test_validation_with_other_categories_is_refused(tmp_path: Path) -> None:

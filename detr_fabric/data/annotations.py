@@ -23,7 +23,6 @@ REQUIRED = {
     "categories": ("id", "name"),
     "annotations": ("image_id", "category_id", "bbox"),
 }
-SLACK = 1.0  # pixels by which a box may leave its image before that is worth a word: less is rounding
 # Polygons are most of COCO's text and never used: cutting them out first makes reading 3 times as fast. (A polygon that
 # is broken JSON in itself then goes unnoticed, as it goes unused.)
 SEGMENTATION = re.compile(rb'"segmentation"\s*:\s*\[[-+0-9.eE, \t\r\n\[\]]*\]')
@@ -43,7 +42,6 @@ class Annotations:
     crowd: np.ndarray  # (M,) bool
     areas: np.ndarray  # (M,) float64
     dropped: int = 0  # annotations left out: their boxes have no width or height inside the image
-    clipped: int = 0  # boxes that leave their image by more than SLACK pixels; the data set cuts off what is outside
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -76,7 +74,6 @@ class Annotations:
             crowd=self.crowd[objects],
             areas=self.areas[objects],
             dropped=self.dropped,
-            clipped=self.clipped,
         )
 
 
@@ -161,7 +158,6 @@ def inspect_content(
     assert categories is not None
     sizes = images.sizes[order]
     kept = np.flatnonzero(has_area(objects.boxes, sizes[image]))
-    clipped = int((overhang(objects.boxes[kept], sizes[image[kept]]) > SLACK).sum())
     kept = kept[np.argsort(image[kept], kind="stable")]
     annotations = Annotations(
         categories=categories,
@@ -174,7 +170,6 @@ def inspect_content(
         crowd=objects.crowd[kept],
         areas=objects.areas[kept],
         dropped=len(objects.ids) - len(kept),
-        clipped=clipped,
     )
     return annotations, []
 
@@ -280,10 +275,10 @@ def has_area(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.all(clipped[:, 2:] > clipped[:, :2], axis=1)
 
 
-def overhang(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """(M,) pixels by which (M, 4) x, y, width, height leave images of (M, 2) height, width; 0: unknown."""
+def leaves_image(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """(M,) whether boxes, as for has_area, lose more than a pixel when they are clipped; less is rounding."""
     limits = np.where(sizes > 0, sizes, LARGEST)[:, ::-1]
-    return np.concatenate([-boxes[:, :2], boxes[:, :2] + boxes[:, 2:] - limits], axis=1).max(1)
+    return ((boxes[:, :2] < -1) | (boxes[:, :2] + boxes[:, 2:] > limits + 1)).any(1)
 
 
 def read_json(path: Path, polygons: bool = False) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from detr_fabric.data.annotations import REQUIRED, SLACK, has_area, overhang
+from detr_fabric.data.annotations import REQUIRED, has_area, leaves_image
 from detr_fabric.data.categories import COCO91_CLASSES, Categories, Id, LabelSpace
 from detr_fabric.data.columns import LARGEST, fours, inside, look_up, numbers, short, side
 from detr_fabric.data.decoding import FileFault
@@ -218,10 +218,10 @@ def _judge_boxes(table: _Table, images: list[Row], image: np.ndarray, category: 
     known = [(side(row.get("height")), side(row.get("width"))) for row in images] + [(0, 0)]  # the last one is at -1
     sizes = np.array(known)[image]  # (m, 2) height, width
     with np.errstate(all="ignore"):  # of boxes dropped above
-        empty, outside = ~has_area(boxes, sizes), overhang(boxes, sizes)
+        empty, leaves = ~has_area(boxes, sizes), leaves_image(boxes, sizes)
     table.drop(table.alive & empty, "whose box has no area in its image", training="drops")
-    leaves = table.alive & (outside > SLACK)
-    table.note(leaves, f"whose box leaves its image by more than {SLACK:.0f} pixel", training="clips")
+    leaves &= table.alive
+    table.note(leaves, "whose box leaves its image by more than 1 pixel", training="clips")
     if leaves.sum() > OFTEN * table.alive.sum():
         _doubt(table, "boxes leave their images so often that they may be corners, where COCO has x, y, width, height")
     if table.alive.any() and boxes[table.alive].max() <= 1:
@@ -238,9 +238,9 @@ def _without(row: Row, key: str) -> Row:
     return {name: value for name, value in row.items() if name != key}
 
 
-def _is_id(row: Row, key: str = "id") -> bool:
+def _is_id(row: Row) -> bool:
     """Whether an entry has an id that check_ids accepts."""
-    id = row.get(key)
+    id = row.get("id")
     return type(id) is int and abs(id) < 2**63 or type(id) is str and "\0" not in id
 
 

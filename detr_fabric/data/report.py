@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from detr_fabric.data.annotations import Annotations
+from detr_fabric.data.annotations import Annotations, leaves_image
 from detr_fabric.data.repair import Finding
 
 SMALL, LARGE = 32**2, 96**2  # COCO's limits between small, medium and large areas
@@ -45,7 +45,7 @@ def summary(data: Annotations, queries: int) -> str:
     counts = objects_per_image(data)
     odd = [
         (data.dropped, "boxes without area dropped"),
-        (data.clipped, "boxes clipped to their image"),
+        (leaves_image(data.boxes, data.sizes[_image_of_object(data)]).sum(), "boxes clipped to their image"),
         (data.crowd.sum(), "crowds left out"),
         ((counts == 0).sum(), "images without objects"),
         ((counts > queries).sum(), f"images with more objects than the {queries} queries"),
@@ -55,7 +55,7 @@ def summary(data: Annotations, queries: int) -> str:
 
 def objects_per_image(data: Annotations) -> np.ndarray:
     """(N,) number of objects, crowds left out."""
-    return np.bincount(_images_of_objects(data), minlength=len(data))
+    return np.bincount(_image_of_object(data)[~data.crowd], minlength=len(data))
 
 
 def printable(text: str) -> str:
@@ -63,9 +63,9 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def _images_of_objects(data: Annotations) -> np.ndarray:
-    """(n,) index of the image of every object that is no crowd."""
-    return np.repeat(np.arange(len(data)), np.diff(data.offsets))[~data.crowd]
+def _image_of_object(data: Annotations) -> np.ndarray:
+    """(M,) index of the image of every object."""
+    return np.repeat(np.arange(len(data)), np.diff(data.offsets))
 
 
 def _objects(data: Annotations, queries: int) -> Lines:
@@ -85,7 +85,7 @@ def _boxes(data: Annotations) -> Lines:
         return []
     small, large = (areas < SMALL).mean(), (areas >= LARGE).mean()
     lines = [("areas by COCO's limits", f"small {small:.1%}, medium {1 - small - large:.1%}, large {large:.1%}")]
-    image_areas = data.sizes[_images_of_objects(data)].prod(1)
+    image_areas = data.sizes[_image_of_object(data)[~data.crowd]].prod(1)
     known = image_areas > 0
     if known.any():
         parts = np.sqrt((boxes[known, 2:].prod(1) / image_areas[known]).clip(0, 1))
