@@ -20,10 +20,11 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from detr_fabric.cli import fail, parse
-from detr_fabric.data.annotations import inspect_content, read_annotations, read_json
+from detr_fabric.data.annotations import inspect_content, read_annotations
 from detr_fabric.data.categories import Categories, LabelSpace
 from detr_fabric.data.columns import short
 from detr_fabric.data.decoding import FileFault, Size, read_sizes
+from detr_fabric.data.layouts import is_folder_of_annotations, read_content, root_paths
 from detr_fabric.data.repair import Finding, repair
 from detr_fabric.data.report import objects_per_image, print_findings, print_statistics, printable
 from detr_fabric.errors import UserError
@@ -42,19 +43,18 @@ is removed, as each may be missing.
 
 Exit code: 0 if training accepts the data (with --fix: the copy), 1 if not, 2 if the command itself is wrong."""
 
-SPLITS = ("train2017", "val2017")
-
 
 @dataclass(frozen=True)
 class Settings:
     """What is checked."""
 
     annotations: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="ANNOTATIONS.json")] = None
-    """COCO JSON."""
+    """COCO JSON; or a folder of Pascal VOC XML files; or, with --images, a folder of YOLO's text files."""
     images: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder of its images, which are then all decoded. Unset: only the annotations are checked."""
     root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Instead of ANNOTATIONS.json: folder in COCO's layout (train2017/, val2017/, annotations/), checked as a whole."""
+    """Instead of ANNOTATIONS.json: folder in COCO's layout (train2017/, val2017/, annotations/) or YOLO's data.yaml,
+    checked as a whole."""
     annotations_only: bool = False
     """With --root: leave the images unread."""
     train_annotations: Annotated[str | None, tyro.conf.arg(metavar="FILE.json")] = None
@@ -62,7 +62,7 @@ class Settings:
     label_space: LabelSpace = "contiguous"
     """As in training's --data.label-space."""
     fix: Annotated[str | None, tyro.conf.arg(metavar="OUT.json")] = None
-    """Write a copy of ANNOTATIONS.json that training accepts."""
+    """Write a copy of ANNOTATIONS.json that training accepts; also of Pascal VOC's and YOLO's, as COCO JSON."""
     queries: int = 100
     """Object queries of the model: the most objects that an image can get."""
     show: int = 10
@@ -131,16 +131,21 @@ def _parts(settings: Settings) -> list[Part]:
     """What is to be checked, training data first; all of it is there."""
     if settings.root is not None:
         root = Path(settings.root)
-        parts = [Part(root / "annotations" / f"instances_{split}.json", root / split) for split in SPLITS]
-        parts = [part._replace(images=None) if settings.annotations_only else part for part in parts]
+        parts = [
+            Part(annotations, images) for images, annotations in (root_paths(root, "train"), root_paths(root, "val"))
+        ]
     elif settings.annotations is not None:
         parts = [Part(Path(settings.annotations), None if settings.images is None else Path(settings.images))]
     else:
         raise UserError(f"name what to check: {PROG} ANNOTATIONS.json, or --root FOLDER; --help tells more")
     for part in parts:
-        if not (part.annotations.is_file() and os.access(part.annotations, os.R_OK)):
-            raise UserError(f"{part.annotations} is no file that can be read: check the path of the annotations")
-        if not (part.images is None or part.images.is_dir()):
+        file = part.annotations
+        if not (os.access(file, os.R_OK) and (file.is_file() or is_folder_of_annotations(file))):
+            raise UserError(
+                f"{file} is no file that can be read, and no folder of .xml or .txt files: check the path of the "
+                "annotations"
+            )
+        if not (part.images is None or part.images.is_dir() or settings.annotations_only):
             raise UserError(f"{part.images} is no folder: check the path of the images")
     if settings.fix is not None:
         out, inputs = Path(settings.fix), (settings.annotations, settings.train_annotations)
@@ -159,12 +164,12 @@ def _check(part: Part, training: Categories | None, settings: Settings) -> tuple
     path = part.annotations
     print(printable(str(path)), flush=True)
     try:
-        content = read_json(path, polygons=settings.fix is not None)
+        content = read_content(path, part.images, training, polygons=settings.fix is not None)
     except UserError as error:
         print(f"training refuses it: {printable(str(error))}\n")
         return False, None
     read = None
-    if part.images is not None:
+    if part.images is not None and not settings.annotations_only:
         read = partial(_read_sizes, part.images, settings.workers or len(os.sched_getaffinity(0)))
     repaired = repair(content, training, settings.label_space, read)
     findings, annotations = repaired.findings, None
@@ -182,7 +187,7 @@ def _check(part: Part, training: Categories | None, settings: Settings) -> tuple
     if annotations is not None:
         print_statistics(annotations, settings.queries)
     accepted = not any(finding.training in ("refuses", "stops") for finding in findings)
-    unseen = "" if part.images else " (the image files were not looked at)"
+    unseen = "" if read else " (the image files were not looked at)"
     print(f"  training {'accepts' if accepted else 'does not accept'} it{unseen}")
     if not accepted and settings.fix is None and repaired.content is not None:
         print(f"  to write a copy that it accepts: {printable(_fixing(part, training is not None, settings))}")
@@ -199,11 +204,11 @@ def _check(part: Part, training: Categories | None, settings: Settings) -> tuple
 def _fixing(part: Part, for_validation: bool, settings: Settings) -> str:
     """The command that mends one annotation file."""
     command = [*PROG.split(), str(part.annotations), "--fix", "OUT.json"]
-    if part.images is not None:
+    if part.images is not None and not settings.annotations_only:
         command += ["--images", str(part.images)]
     if for_validation:
-        beside = part.annotations.with_name(f"instances_{SPLITS[0]}.json")  # with --root
-        command += ["--train-annotations", settings.train_annotations or str(beside)]
+        training = settings.train_annotations or root_paths(Path(str(settings.root)), "train")[1]
+        command += ["--train-annotations", str(training)]
     if settings.label_space != "contiguous":
         command += ["--label-space", settings.label_space]
     return shlex.join(command)

@@ -24,16 +24,17 @@ class DataConfig:
     """Where images and annotations come from, and how they are augmented."""
 
     root: str | None = None
-    """Folder in COCO's layout: train2017/, val2017/ and annotations/instances_{train,val}2017.json. Unset, and no other
-    path given: the built-in synthetic shapes."""
+    """Folder in COCO's layout: train2017/, val2017/ and annotations/instances_{train,val}2017.json; or YOLO's
+    data.yaml. Unset, and no other path given: the built-in synthetic shapes."""
     train_images: str | None = None
     """Folder of training images, instead of root's."""
     train_annotations: str | None = None
-    """COCO JSON of the training images, instead of root's."""
+    """Annotations of the training images, instead of root's: COCO JSON, a folder of Pascal VOC XML files, or a folder
+    of YOLO text files with classes.txt."""
     val_images: str | None = None
     """Folder of validation images, instead of root's."""
     val_annotations: str | None = None
-    """COCO JSON of the validation images, instead of root's."""
+    """Annotations of the validation images, instead of root's; as those of the training images."""
     val_fraction: float | None = None
     """Part of the training images that is kept for validation, instead of validation files: always the same ones, for a
     hash of its file name decides about an image."""

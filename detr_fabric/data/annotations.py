@@ -1,4 +1,4 @@
-"""COCO JSON → Annotations: parsed, checked as a whole, and kept in a few numpy arrays.
+"""Annotations of a data set: read, checked as a whole, and kept in a few numpy arrays.
 
 Plain arrays, not dictionaries: forked loader workers then share their memory instead of copying it page by page.
 """
@@ -6,8 +6,6 @@ Plain arrays, not dictionaries: forked loader workers then share their memory in
 from __future__ import annotations
 
 import gc
-import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ import numpy as np
 
 from detr_fabric.data.categories import COCO91_CLASSES, Categories, LabelSpace
 from detr_fabric.data.columns import LARGEST, Problem, Problems, check_ids, fours, inside, look_up, numbers, side, where
+from detr_fabric.data.layouts import read_content
 from detr_fabric.errors import UserError
 
 REQUIRED = {
@@ -23,9 +22,6 @@ REQUIRED = {
     "categories": ("id", "name"),
     "annotations": ("image_id", "category_id", "bbox"),
 }
-# Polygons are most of COCO's text and never used: cutting them out first makes reading 3 times as fast. (A polygon that
-# is broken JSON in itself then goes unnoticed, as it goes unused.)
-SEGMENTATION = re.compile(rb'"segmentation"\s*:\s*\[[-+0-9.eE, \t\r\n\[\]]*\]')
 
 
 @dataclass(frozen=True)
@@ -78,14 +74,18 @@ class Annotations:
 
 
 def read_annotations(
-    path: Path, categories: Categories | None = None, label_space: LabelSpace = "contiguous"
+    path: Path,
+    categories: Categories | None = None,
+    label_space: LabelSpace = "contiguous",
+    images: Path | None = None,
 ) -> Annotations:
-    """Reads and checks a COCO annotation file.
+    """Reads and checks a COCO annotation file, or one of the other layouts.
 
     categories: those of the training annotations, which the file must then use; None: the file's own, numbered as
-    label_space says. Raises UserError with the first problem, its first ids and how many they are.
+    label_space says. images: the folder of images, which YOLO's layout needs. Raises UserError with the first problem,
+    its first ids and how many they are.
     """
-    annotations, problems = inspect_annotations(path, categories, label_space)
+    annotations, problems = inspect_annotations(path, categories, label_space, images)
     if annotations is None:
         more = f"; {len(problems) - 1} other faults are listed by python -m detr_fabric.check" if problems[1:] else ""
         raise UserError(f"{path}: {problems[0].message}{more}")
@@ -93,16 +93,19 @@ def read_annotations(
 
 
 def inspect_annotations(
-    path: Path, categories: Categories | None = None, label_space: LabelSpace = "contiguous"
+    path: Path,
+    categories: Categories | None = None,
+    label_space: LabelSpace = "contiguous",
+    images: Path | None = None,
 ) -> tuple[Annotations | None, list[Problem]]:
     """As read_annotations, but returns all problems; annotations are None if and only if there is one.
 
-    Raises UserError where nothing can be checked: the file cannot be read, or is no JSON object.
+    Raises UserError where nothing can be checked: the file cannot be read, or is of no known layout.
     """
     was_enabled = gc.isenabled()
     gc.disable()  # a million small dictionaries set the collector off again and again: half of the reading time
     try:
-        return inspect_content(read_json(path), categories, label_space)
+        return inspect_content(read_content(path, images, categories), categories, label_space)
     finally:
         if was_enabled:
             gc.enable()
@@ -279,32 +282,3 @@ def leaves_image(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """(M,) whether boxes, as for has_area, lose more than a pixel when they are clipped; less is rounding."""
     limits = np.where(sizes > 0, sizes, LARGEST)[:, ::-1]
     return ((boxes[:, :2] < -1) | (boxes[:, :2] + boxes[:, 2:] > limits + 1)).any(1)
-
-
-def read_json(path: Path, polygons: bool = False) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError where there is none, with the position of the fault."""
-    try:
-        text = Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: check the path of the annotations") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): check the path of the annotations") from error
-    if not text.strip():
-        raise UserError(f"{path} is empty: copy or download the annotations again")
-    try:
-        content = json.loads(text if polygons else SEGMENTATION.sub(b'"segmentation":0', text))
-    except (ValueError, RecursionError):
-        content = _parse_for_position(path, text)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object: COCO's format has images, annotations and categories")
-    return content
-
-
-def _parse_for_position(path: Path, text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path} is broken JSON at {where} ({error.msg}): correct or download it again") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is broken JSON ({error}): correct or download it again") from error

@@ -56,3 +56,14 @@ class Categories:
     def from_dict(cls, state: dict[str, Any]) -> Categories:
         """The inverse of to_dict."""
         return cls(tuple(state["ids"]), tuple(state["names"]), state["label_space"])
+
+
+def category_id(name: str, training: Categories | None, own: Id | None = None) -> Id:
+    """The id of a class in formats that know classes by their names: in the training categories, or its own.
+
+    own: None means the name itself, which is also the id of classes that the training categories lack.
+    """
+    if training is None:
+        return name if own is None else own
+    same = [id for id, other in zip(training.ids, training.names, strict=True) if other == name]
+    return own if own in same and own is not None else (same or [name])[0]

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from detr_fabric.batch import ImageBatch, Target, pad_images
 from detr_fabric.config import DataConfig
 from detr_fabric.data import sampler, shapes
 from detr_fabric.data.coco import Categories, CocoDetection, read_annotations
+from detr_fabric.data.layouts import root_paths
 from detr_fabric.data.sampler import Sample
 from detr_fabric.data.split import split
 from detr_fabric.data.transforms import eval_transform, train_transform
@@ -200,7 +201,7 @@ def build_datasets(data: DataConfig, seed: int) -> tuple[CocoDetection, CocoDete
     """
     assert data.scales is not None and data.max_size is not None and data.crop is not None, "resolve the config first"
     images, file = _paths(data, "train")
-    annotations = read_annotations(file, None, data.label_space)
+    annotations = read_annotations(file, None, data.label_space, images)
     if data.val_fraction is not None:
         annotations, _ = split(annotations, data.val_fraction)
     annotations = annotations.first(data.train_limit, with_objects=True)
@@ -214,7 +215,7 @@ def build_validation(data: DataConfig, categories: Categories, seed: int) -> Coc
     of the training data or of a checkpoint. Raises UserError as build_datasets does."""
     assert data.scales is not None and data.max_size is not None, "resolve the config first"
     images, file = _paths(data, "train" if data.validate_on_train or data.val_fraction is not None else "val")
-    annotations = read_annotations(file, categories, data.label_space)
+    annotations = read_annotations(file, categories, data.label_space, images)
     if data.val_fraction is not None:
         _, annotations = split(annotations, data.val_fraction)
     if data.validate_on_train:
@@ -224,16 +225,17 @@ def build_validation(data: DataConfig, categories: Categories, seed: int) -> Coc
     return CocoDetection(images, annotations, transform, seed, "blank" if data.bad_images == "skip" else "stop")
 
 
-def _paths(data: DataConfig, part: str) -> tuple[Path, Path]:
-    """Image folder and annotation file of "train" or "val", both checked to exist."""
+def _paths(data: DataConfig, part: Literal["train", "val"]) -> tuple[Path, Path]:
+    """Images and annotations, both checked to exist."""
     if data.builtin:
         root = shapes.prepare(data.shapes_size, data.shapes_train, data.shapes_val, data.shapes_dir)
     else:
         root = Path(data.root or "")
-    images = getattr(data, f"{part}_images") or root / f"{part}2017"
-    annotations = getattr(data, f"{part}_annotations") or root / "annotations" / f"instances_{part}2017.json"
-    if not Path(images).is_dir():
+    given = getattr(data, f"{part}_images"), getattr(data, f"{part}_annotations")
+    found = given if all(given) else root_paths(root, part)
+    images, annotations = (Path(mine or usual) for mine, usual in zip(given, found, strict=True))
+    if not images.is_dir():
         raise UserError(f"{images} is no folder of images: set --data.root or --data.{part}-images")
-    if not Path(annotations).is_file():
-        raise UserError(f"{annotations} is no file: set --data.root or --data.{part}-annotations")
-    return Path(images), Path(annotations)
+    if not annotations.exists():
+        raise UserError(f"{annotations} does not exist: set --data.root or --data.{part}-annotations")
+    return images, annotations
