@@ -71,6 +71,8 @@ def transformers_detr(model: DETR, config: ModelConfig, num_classes: int) -> Any
             num_labels=num_classes,
             auxiliary_loss=True,
             dropout=config.dropout,
+            attention_dropout=config.dropout,
+            activation_dropout=config.dropout,
         )
     )
     peer.load_state_dict(to_transformers(model.state_dict()))

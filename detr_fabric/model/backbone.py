@@ -33,8 +33,10 @@ class Backbone(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        norm_layer = FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d
+        norm_layer = FoldedNorm if frozen_norm else nn.BatchNorm2d
         resnet = torchvision.models.get_model(name, weights=None, norm_layer=norm_layer)
+        if frozen_norm:
+            fold_norms(resnet)
         if dilation:
             dilate(resnet.layer4)
         kept = ("conv1", "bn1", "relu", "maxpool", *STAGES[: STAGES.index(last_stage) + 1])
@@ -59,6 +61,39 @@ class Backbone(nn.Module):
             if not any(p.requires_grad for p in part.parameters()):
                 part.eval()
         return self
+
+
+class FoldedNorm(FrozenBatchNorm2d):
+    """A frozen batch norm whose work the convolution before it does: it only keeps the statistics, under their names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """(C,) and (C,): what the norm multiplies each channel by, and then adds."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+
+class NormedConv(nn.Conv2d):
+    """A convolution and the frozen batch norm behind it as one convolution: two passes over its output are saved."""
+
+    norm: tuple[FoldedNorm]  # in a tuple, so that its buffers are not listed a second time
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.norm[0].scale_and_shift()
+        return self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
+
+
+def fold_norms(resnet: nn.Module) -> None:
+    """Has every convolution of a ResNet do the work of the FoldedNorm that is registered after it, in place."""
+    convs = [m for m in resnet.modules() if isinstance(m, nn.Conv2d)]
+    norms = [m for m in resnet.modules() if isinstance(m, FoldedNorm)]
+    for conv, norm in zip(convs, norms, strict=True):
+        assert conv.bias is None and conv.out_channels == norm.weight.numel()
+        conv.__class__ = NormedConv  # torchvision's blocks make their convolutions themselves
+        assert isinstance(conv, NormedConv)
+        conv.norm = (norm,)
 
 
 def dilate(stage: nn.Sequential) -> None:
