@@ -141,6 +141,12 @@ def test_more_ids_than_shown_are_counted_and_can_be_shown(tmp_path: Path) -> Non
     assert ids.split(", ") == [str(n) for n in range(100, 1300)]
 
 
+def test_an_id_that_many_entries_share_is_named_once(tmp_path: Path) -> None:
+    things = [thing(5, 1, box=[n, 0, 5, 5]) for n in range(30)]
+    report = checked(write_json(tmp_path / "a.json", coco(None, things)))[1]
+    assert found(report) == {"annotations with the id of an earlier one": ("refuses", 29, "5")}
+
+
 def test_images_with_more_objects_than_queries_are_named_and_accepted(tmp_path: Path) -> None:
     things = [thing(n, 1, box=[n, 0, 5, 5]) for n in range(4)] + [
         thing(9, 2),
@@ -703,7 +709,7 @@ def survivors(content: dict[str, Any], training: Categories | None, coco91: bool
 TRAINING = Categories((1, 2, 3), ("cat", "dog", "bird"))
 
 
-@settings(max_examples=600, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(mutated(), st.sampled_from(["contiguous", "contiguous", "coco91", "validation"]))
 def test_any_file_is_accounted_for_and_its_copy_is_accepted(
     tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any], use: str

@@ -366,7 +366,7 @@ def test_missing_parts_name_path_and_flag(tmp_path: Path, gone: str, flag: str) 
     [
         ("", r"instances_train2017\.json is empty"),
         ('{"images": [1,\n}', r"instances_train2017\.json is broken JSON at line 2, column 1"),
-        ('{"images": []}', r"instances_train2017\.json: its list 'images' is empty.*; 2 other faults are listed"),
+        ('{"images": []}', r"instances_train2017\.json: its list 'images' is empty.*; 2 other kinds of fault"),
         (json.dumps(coco(None, [thing(7, 99), thing(8, 98)])), r"2 annotations name an image .* \(7, 8\)"),
     ],
 )

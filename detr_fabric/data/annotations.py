@@ -87,7 +87,9 @@ def read_annotations(
     """
     annotations, problems = inspect_annotations(path, categories, label_space, images)
     if annotations is None:
-        more = f"; {len(problems) - 1} other faults are listed by python -m detr_fabric.check" if problems[1:] else ""
+        more = (
+            f"; {len(problems) - 1} other kinds of fault: python -m detr_fabric.check lists all" if problems[1:] else ""
+        )
         raise UserError(f"{path}: {problems[0].message}{more}")
     return annotations
 

@@ -23,6 +23,7 @@ def print_findings(findings: list[Finding], show: int) -> None:
     for what, training, copy, entries in findings:
         count = f"{len(entries):,}" if entries else ""
         print(f"  {training:<7}{count:>8}  {what:<64} {copy}".rstrip())
+        entries = list(dict.fromkeys(entries))  # an id that comes a thousand times is named once
         shown = entries[:show] if show else entries
         rest = [f"and {len(entries) - len(shown):,} more (--show 0 names all)"] if len(shown) < len(entries) else []
         if training == "stops" and what.startswith("images"):  # with paths
@@ -49,6 +50,7 @@ def summary(data: Annotations, queries: int) -> str:
         (data.crowd.sum(), "crowds left out"),
         ((counts == 0).sum(), "images without objects"),
         ((counts > queries).sum(), f"images with more objects than the {queries} queries"),
+        ((data.sizes == 0).any(1).sum(), "images of unknown size, to which boxes are clipped only when they are read"),
     ]
     return ", ".join([f"{counts.sum():,} objects", *(f"{number:,} {what}" for number, what in odd if number)])
 
