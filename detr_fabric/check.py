@@ -53,8 +53,8 @@ class Settings:
     images: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder of its images, which are then all decoded. Unset: only the annotations are checked."""
     root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Instead of ANNOTATIONS.json: folder in COCO's layout (train2017/, val2017/, annotations/) or YOLO's data.yaml,
-    checked as a whole."""
+    """Instead of ANNOTATIONS.json: folder in COCO's layout (train2017/, val2017/, annotations/), in Pascal VOC's, or
+    YOLO's data.yaml, checked as a whole."""
     annotations_only: bool = False
     """With --root: leave the images unread."""
     train_annotations: Annotated[str | None, tyro.conf.arg(metavar="FILE.json")] = None

@@ -24,8 +24,9 @@ class DataConfig:
     """Where images and annotations come from, and how they are augmented."""
 
     root: str | None = None
-    """Folder in COCO's layout: train2017/, val2017/ and annotations/instances_{train,val}2017.json; or YOLO's
-    data.yaml. Unset, and no other path given: the built-in synthetic shapes."""
+    """Folder in COCO's layout: train2017/, val2017/ and annotations/instances_{train,val}2017.json; or in Pascal VOC's:
+    JPEGImages/, Annotations/ and ImageSets/Main/{train,val}.txt; or YOLO's data.yaml. Unset, and no other path given:
+    the built-in synthetic shapes."""
     train_images: str | None = None
     """Folder of training images, instead of root's."""
     train_annotations: str | None = None

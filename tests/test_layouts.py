@@ -317,6 +317,31 @@ def test_data_yaml_is_a_root_to_train_on_and_to_check(tmp_path: Path) -> None:
     assert job.wait() == [0] and "2 classes" in job.text(), job.text()
 
 
+def test_a_voc_folder_with_its_lists_is_a_root(tmp_path: Path) -> None:
+    content = small()
+    write_images(tmp_path / "JPEGImages", content)
+    write_voc(tmp_path / "Annotations", content)
+    lists = tmp_path / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("1\n2  1\n4 -1\n")
+    (lists / "val.txt").write_text("3\n1\n")
+    data = replace(Config(), data=DataConfig(root=str(tmp_path))).resolve().data
+    train, val = build_datasets(data, seed=0)
+    assert (train.image_ids, val.image_ids) == (["1", "2", "4"], ["1", "3"])
+    assert objects(val.annotations) == {"1.png": objects(train.annotations)["1.png"], "3.png": []}
+    code, out, _ = checked("--root", tmp_path, "--workers", "1")
+    assert code == 0 and out.count("training accepts it") == 2, out
+    for text, words in (
+        ("1\n9\n", "val.txt names '9', which has no .xml file"),
+        ("../../secret", "names '../../secret'"),
+        ("", "names no image"),
+        ("1\n1", "image ids are used more than once"),
+    ):
+        (lists / "val.txt").write_text(text)
+        with pytest.raises(UserError, match=words):
+            build_datasets(data, seed=0)
+
+
 def test_check_writes_a_voc_folder_as_coco_json(tmp_path: Path) -> None:
     content = small()
     write_images(tmp_path / "JPEGImages", content)

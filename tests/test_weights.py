@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from detr_fabric.data.coco_classes import COCO_CLASSES
 from detr_fabric.errors import UserError
 from detr_fabric.model.detr import DETR, build_model
 from detr_fabric.optimizer import build_optimizer
-from detr_fabric.weights import load_weights
+from detr_fabric.weights import architecture, load_weights
+from tests.conftest import GOLDEN
 
 COCO91 = Categories(tuple(COCO_CLASSES), tuple(COCO_CLASSES.values()), "coco91")
 
@@ -205,6 +207,15 @@ def test_another_model_is_refused_with_the_settings_that_differ(
     with pytest.raises(UserError, match=words) as caught:
         load_weights(small_detr(), source, classes(*"abcde"))
     assert "\n" not in str(caught.value) and str(caught.value).count("there") == len(changes)
+
+
+@pytest.mark.parametrize("name", ["detr-r50", "detr-r50-dc5", "detr-r101", "detr-r101-dc5", "detr-r18"])
+def test_the_architecture_of_published_files_is_seen(name: str) -> None:
+    shapes = json.loads((GOLDEN / "state_dict_names.json").read_text())[name]
+    seen = architecture({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    assert seen == dict(backbone=f"resnet{name.split('-')[1][1:]}", last_stage="layer4", position="sine") | dict(
+        hidden_dim=256, enc_layers=6, dec_layers=6, dim_feedforward=2048, pre_norm=False
+    )
 
 
 def test_files_that_hold_no_detr_or_lack_a_layer_are_refused(tmp_path: Path) -> None:

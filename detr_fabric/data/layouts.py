@@ -17,7 +17,10 @@ SEGMENTATION = re.compile(rb'"segmentation"\s*:\s*\[[-+0-9.eE, \t\r\n\[\]]*\]')
 
 
 def root_paths(root: Path, part: Literal["train", "val"]) -> tuple[Path, Path]:
-    """Images and annotations under a folder in COCO's layout, or as YOLO's data.yaml, itself or in root, says."""
+    """Images and annotations under a folder in COCO's or Pascal VOC's layout, or as YOLO's data.yaml, itself or in
+    root, says."""
+    if (root / voc.LISTS).is_dir():
+        return root / "JPEGImages", root / voc.LISTS / f"{part}.txt"
     if (root / "data.yaml").is_file() and not (root / "annotations").exists():
         root = root / "data.yaml"
     if root.suffix in yolo.YAML:
@@ -33,13 +36,16 @@ def is_folder_of_annotations(path: Path) -> bool:
 def read_content(
     path: Path, images: Path | None = None, training: Categories | None = None, polygons: bool = False
 ) -> dict[str, Any]:
-    """The content of a COCO annotation file, or what a folder of .xml or .txt files or a data.yaml would be as one.
+    """The content of a COCO annotation file, or what other layouts would be as one: a folder of Pascal VOC XML files or
+    a list of some (ImageSets/Main/train.txt), a folder of YOLO text files, a data.yaml.
 
     images: the folder of images; training: categories by whose ids VOC and YOLO call classes of the same name.
     Raises UserError, naming file and place, for what can't be read.
     """
     if path.suffix in yolo.YAML:
         return yolo.read_yolo(path, images, training)
+    if path.suffix == ".txt":
+        return voc.read_voc(path, training)
     if not path.is_dir():
         return read_json(path, polygons)
     if not is_folder_of_annotations(path):

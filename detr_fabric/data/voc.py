@@ -1,4 +1,4 @@
-"""A folder of Pascal VOC XML files → what a COCO annotation file would hold.
+"""Pascal VOC XML files → what a COCO annotation file would hold.
 
 Categories have their names as ids. VOC's boxes count pixels from 1 and include the last one. Objects marked difficult
 become crowds: neither trained on nor counted as missed, and detections of them not as false, as in VOC's evaluation.
@@ -12,8 +12,10 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from detr_fabric.data.categories import Categories, category_id
+from detr_fabric.data.columns import inside
 from detr_fabric.errors import UserError
 
+LISTS = Path("ImageSets", "Main")  # where VOC says which images are for training and for validation
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -24,15 +26,17 @@ class _Builder(ElementTree.TreeBuilder):
         raise UserError("declares a document type, which annotations don't need; remove its <!DOCTYPE>")
 
 
-def read_voc(folder: Path, training: Categories | None = None) -> dict[str, Any]:
-    """All XML files of a folder. training: categories whose ids classes of the same name get.
+def read_voc(path: Path, training: Categories | None = None) -> dict[str, Any]:
+    """All XML files of a folder, or those that a list in ImageSets/Main names.
+
+    training: categories whose ids classes of the same name get.
 
     Raises UserError naming the file, and the line or the object, of what is no annotation.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     names = set[str]()
-    for file in sorted(folder.glob("[!.]*.xml")):
+    for file in sorted(path.glob("[!.]*.xml")) if path.is_dir() else _listed(path):
         root = _parse(file)
         image: dict[str, Any] = {"id": file.stem, "file_name": (root.findtext("filename") or "").strip()}
         for side in ("width", "height"):
@@ -51,14 +55,27 @@ def read_voc(folder: Path, training: Categories | None = None) -> dict[str, Any]
             difficult = (node.findtext("difficult") or "").strip() == "1"
             annotations.append(row | {"bbox": box, "iscrowd": int(difficult)})
     if training is None and not names:
-        raise UserError(
-            f"{folder}: none of its .xml files has an object, so there are no classes; add annotated images"
-        )
+        raise UserError(f"{path}: none of its .xml files has an object, so there are no classes; add annotated images")
     if training is not None:
         categories = [{"id": id, "name": name} for id, name in zip(training.ids, training.names, strict=True)]
     else:
         categories = [{"id": name, "name": name} for name in sorted(names)]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _listed(path: Path) -> list[Path]:
+    """The XML files of a list: a name a line, and perhaps more behind it; they are in Annotations, two folders up."""
+    folder = path.resolve().parents[2] / "Annotations" if len(path.resolve().parents) > 2 else path.parent
+    try:
+        names = [line.split()[0] for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): check the path of the annotations") from error
+    if not names:
+        raise UserError(f"{path} names no image: add a name a line")
+    for name in names:
+        if not inside(name) or not (folder / f"{name}.xml").is_file():
+            raise UserError(f"{path} names {name[:100]!r}, which has no .xml file in {folder}: correct the list")
+    return [folder / f"{name}.xml" for name in names]
 
 
 def _parse(file: Path) -> Element:

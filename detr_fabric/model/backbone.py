@@ -64,7 +64,7 @@ class Backbone(nn.Module):
 
 
 class FoldedNorm(FrozenBatchNorm2d):
-    """A frozen batch norm whose work the convolution before it does: it only keeps the statistics, under their names."""
+    """A frozen batch norm whose work the convolution before it does: it keeps the statistics, under their names."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
