@@ -46,7 +46,7 @@ def replay(settings: Settings) -> None:
     from detr_fabric.checkpoint import load_checkpoint, load_model_state
     from detr_fabric.data.categories import Categories
     from detr_fabric.errors import UserError
-    from detr_fabric.launch import build_fabric
+    from detr_fabric.launch import single_device
     from detr_fabric.loss.criterion import SetCriterion
     from detr_fabric.model.detr import build_model
     from detr_fabric.nonfinite import Findings, examine, micro_batches_of
@@ -57,7 +57,7 @@ def replay(settings: Settings) -> None:
         raise UserError(f"{path}: a checkpoint, not a saved step; give the nonfinite.pt of a run's folder")
     cfg = Config.from_dict(content["config"])
     num_classes = Categories.from_dict(content["categories"]).num_classes
-    fabric = build_fabric(settings.accelerator, 1, settings.precision or content["precision"], broadcast_buffers=False)
+    fabric = single_device(settings.accelerator, settings.precision or content["precision"])
     model = build_model(cfg.model, cfg.attn, num_classes, pretrained=False)
     load_model_state(model, content["model"], str(path))
     model.to(memory_format=torch.channels_last)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import pickle
 import re
 from pathlib import Path
 
@@ -139,7 +142,7 @@ def test_backbone_weights_load_from_a_file_and_the_classifier_is_ignored(tmp_pat
     assert torch.equal(body.bn1.running_var, imagenet.bn1.running_var)
 
 
-def test_wrong_backbone_weights_are_refused_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_backbone_weights_are_refused_in_one_sentence(tmp_path: Path) -> None:
     body = Backbone("resnet18").body
     torch.save(torchvision.models.resnet34(weights=None).state_dict(), tmp_path / "r34.pth")
     load_backbone_weights(body, "resnet18", str(tmp_path / "r34.pth"))  # a resnet34 holds a resnet18's names
@@ -152,13 +155,51 @@ def test_wrong_backbone_weights_are_refused_in_one_sentence(tmp_path: Path, monk
     with pytest.raises(UserError, match="IMAGENET1K_V1"):
         load_backbone_weights(body, "resnet18", "IMAGENET1K_V9")
 
-    def no_network(*args: object, **kwargs: object) -> None:
-        raise OSError("no network")
 
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(UserError, match="resnet18-.*pth.*--model.backbone-weights FILE"):
+def test_backbone_weights_are_downloaded_once_checked_by_hash_and_run_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body, kept = Backbone("resnet18").body, tmp_path / "home" / "hub" / "checkpoints"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "r18.pth")
+    content = (tmp_path / "r18.pth").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()[:8]
+
+    def published(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        url = (tmp_path / name).as_uri()
+        monkeypatch.setattr(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.value, "url", url)
+        return url
+
+    right = published(f"resnet18-{digest}.pth", content)
+    load_backbone_weights(body, "resnet18", "IMAGENET1K_V1")
+    (tmp_path / f"resnet18-{digest}.pth").unlink()
+    load_backbone_weights(body, "resnet18", "IMAGENET1K_V1")  # from the first download
+    (kept / f"resnet18-{digest}.pth").write_bytes(pickle.dumps(Hostile(tmp_path / "ran"), protocol=2))
+    with pytest.raises(UserError) as refused:
         load_backbone_weights(body, "resnet18", "IMAGENET1K_V1")
+    assert right in str(refused.value) and "delete it" in str(refused.value) and not (tmp_path / "ran").exists()
+
+    for name, words in (("resnet18-00000000.pth", "hash"), ("resnet18-f37072fd.pth", "No such file")):
+        url = published(name, content)
+        if words != "hash":
+            (tmp_path / name).unlink()
+        with pytest.raises(UserError) as refused:
+            load_backbone_weights(body, "resnet18", "IMAGENET1K_V1")
+        said = str(refused.value)
+        assert url in said and words in said and str(kept / name) in said and "--model.backbone-weights FILE" in said
+        assert "\n" not in said and not (kept / name).exists()
+
+
+class Hostile:
+    """Its pickle makes a folder when it is read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.target),)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

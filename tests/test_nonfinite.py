@@ -15,8 +15,8 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 from torch import nn
 
-from detr_fabric import loop, nonfinite, replay
-from detr_fabric.checkpoint import load_checkpoint
+from detr_fabric import evaluate, loop, nonfinite, replay
+from detr_fabric.checkpoint import load_checkpoint, save_checkpoint
 from detr_fabric.cli import load_preset
 from detr_fabric.config import AttnConfig, Config, Mapping, ModelConfig, OptimConfig
 from detr_fabric.data.categories import Categories
@@ -194,6 +194,7 @@ def test_a_run_gives_up_after_so_many_bad_steps_in_a_row_and_not_before(folder: 
     assert "step 7: " in said and "3 steps in a row" in said and "--train.max-nonfinite" in said
     assert [r["dropped_steps"] for r in records(folder / "limit") if "dropped_steps" in r] == [1, 2, 3, 4]
     assert load_checkpoint(folder / "limit" / BLACK_BOX)["step"] == 5  # the first of the last series
+    assert load_checkpoint(folder / "limit" / "previous.ckpt")["state"]["step"] == 5
     state = load_checkpoint(folder / "limit" / "last.ckpt")["state"]
     assert (state["step"], state["dropped"], state["dropped_in_a_row"]) == (6, 4, 2)
     again = job(folder, "limit", *limit, target=partial(break_steps, "loss", 0, 7))  # the counts are resumed
@@ -319,6 +320,47 @@ def overflow_at_first() -> None:
         return whole(run, micro_batches)
 
     loop.training_step = with_a_large_scale
+
+
+# ---- detections
+
+
+def spoil_boxes_before_evaluation() -> None:
+    score = loop.evaluate
+
+    def spoiled(fabric: Fabric, model: nn.Module, *args: Any) -> Any:
+        with torch.no_grad():
+            model.module.bbox_embed.layers[2].bias[1] = float("nan")
+        return score(fabric, model, *args)
+
+    loop.evaluate = spoiled
+
+
+def test_boxes_that_are_not_finite_are_an_error_and_never_a_score(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pycocotools would give them an AP of 0.69."""
+    once = ("--train.max-steps", "1")
+    going = job(folder, "boxes", *once, target=spoil_boxes_before_evaluation)
+    assert going.wait() == [2], going.text()
+    (said,) = errors(going.text())
+    assert "are not finite: the model's weights have diverged" in said and "Traceback" not in going.text()
+    run = folder / "boxes"
+    assert not any("val/AP" in record for record in records(run))
+    assert not (run / "evaluation.json").exists() and not (run / "best.ckpt").exists()
+
+    content = load_checkpoint(run / "last.ckpt")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    for name in ("bbox_embed.layers.2.bias", "class_embed.bias"):
+        weights = {**content["model"], name: torch.full_like(content["model"][name], float("nan"))}
+        save_checkpoint(folder / "nan.ckpt", {**content, "model": weights})
+        monkeypatch.setattr("sys.argv", ["evaluate", "nan.ckpt", "--out", "scores.json"])
+        with pytest.raises(SystemExit) as ended:
+            evaluate.main()
+        printed = capsys.readouterr()
+        assert ended.value.code == 2 and "AP" not in printed.out and not (folder / "scores.json").exists()
+        assert printed.err.startswith("error: detections of image ") and "are not finite" in printed.err
 
 
 # ---- the search for the first bad place

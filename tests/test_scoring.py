@@ -152,13 +152,14 @@ def test_labels_without_a_category_are_dropped(backend: Backend) -> None:
     assert scores == score(TWO_OBJECTS, ["a", "b"], PERFECT, backend)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("field", ["scores", "boxes"])
-def test_values_that_are_not_finite_are_refused_by_image(field: str, value: float) -> None:
+def test_values_that_are_not_finite_are_refused_by_image(field: str, value: float, backend: Backend) -> None:
     tensor = getattr(PERFECT[1], field).clone()
     tensor.view(-1)[0] = value
     with pytest.raises(UserError, match="image b are not finite"):
-        score(TWO_OBJECTS, ["a", "b"], [PERFECT[0], PERFECT[1]._replace(**{field: tensor})], "pycocotools")
+        score(TWO_OBJECTS, ["a", "b"], [PERFECT[0], PERFECT[1]._replace(**{field: tensor})], backend)
 
 
 def test_detections_of_an_unknown_image_are_refused() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -126,10 +125,17 @@ def load_backbone_weights(body: nn.Module, name: str, weights: str) -> None:
         url = known[weights].url
         file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
         try:
-            source, state = url, known[weights].get_state_dict(check_hash=True, progress=False)
-        except (URLError, OSError, RuntimeError) as error:
+            # an earlier download is read without a look at its hash, so it must not be able to run code either
+            source, state = url, known[weights].get_state_dict(check_hash=True, weights_only=True, progress=False)
+        except Exception as error:  # urllib, torch.hub and its unpickler raise many kinds
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if file.is_file():
+                raise UserError(
+                    f"{file} can't be read as the weights of {url} ({reason}): delete it, or give "
+                    "--model.backbone-weights FILE"
+                ) from error
             raise UserError(
-                f"{url} could not be downloaded ({error}) and {file} does not hold it: copy it there, "
+                f"{url} could not be downloaded ({reason}) and there is no {file}: copy it there, "
                 f"or give --model.backbone-weights FILE, or none to train from scratch"
             ) from error
     own = body.state_dict()
