@@ -30,6 +30,7 @@ from detr_fabric.evaluation import evaluate
 from detr_fabric.folder import RunLock, run_folder
 from detr_fabric.launch import build_fabric, end_together, settle_reduction_order
 from detr_fabric.loss.criterion import Losses, SetCriterion
+from detr_fabric.memory import within_memory
 from detr_fabric.model.detr import build_model
 from detr_fabric.nonfinite import BatchStatistics, drop_step, is_overflow
 from detr_fabric.optimizer import build_optimizer, build_scheduler
@@ -189,7 +190,8 @@ def fit(run: Run) -> None:
             for micro_batches in meter.waiting(loader.epoch(state.epoch, skip=state.step_in_epoch)):
                 if state.step >= run.total_steps:
                     break
-                losses, grad_norm, interrupted, dropped = training_step(run, micro_batches)
+                with within_memory(cfg, run.fabric.device, micro_batches, state.step + 1):
+                    losses, grad_norm, interrupted, dropped = training_step(run, micro_batches)
                 run.scheduler.step()
                 state.step += 1
                 state.step_in_epoch += 1

@@ -6,7 +6,6 @@ The names of the logged values are listed in tracking.py.
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +22,7 @@ from detr_fabric.data.coco import CocoDetection
 from detr_fabric.errors import UserError
 from detr_fabric.evaluation import Evaluation, picture_panel, save_evaluation
 from detr_fabric.loss.criterion import Losses
+from detr_fabric.memory import peak_memory
 from detr_fabric.pictures import draw, grid
 from detr_fabric.progress import Progress
 from detr_fabric.tracking import RunLog, WandbLogger, git_commit
@@ -199,10 +199,3 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         "total": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
     }
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory used so far, in GiB: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
