@@ -292,6 +292,8 @@ class TrainConfig:
     """Minutes between two checkpoints inside an epoch; 0: after every step."""
     keep_every: int | None = None
     """Epochs between two checkpoints that are kept for good. Unset: only the last two and the best are kept."""
+    deterministic: bool = False
+    """The same losses bit for bit in every run on the same machine: takes time on a GPU, is so anyway on a CPU."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When a loss or a gradient is not finite: stop all ranks, or leave the step out on all ranks and go on."""
     max_nonfinite: int = 10

@@ -28,6 +28,14 @@ LOST_CONTACT = re.compile(r"gloo|NCCL|TCPStore|[Cc]onnection (closed|reset|refus
 SECONDS_TO_BE_KILLED = 20
 
 
+def make_deterministic() -> None:
+    """PyTorch's deterministic algorithms only, an error where there is none. Has to be called before CUDA starts."""
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):  # those that PyTorch accepts
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def build_fabric(accelerator: str, devices: int | None, precision: Precision | None, broadcast_buffers: bool) -> Fabric:
     """Fabric on one device, or DDP over several; under torchrun or SLURM the launcher's number of processes rules.
 

@@ -28,7 +28,7 @@ from detr_fabric.data.report import summary
 from detr_fabric.errors import UserError
 from detr_fabric.evaluation import evaluate
 from detr_fabric.folder import RunLock, run_folder
-from detr_fabric.launch import build_fabric, end_together, settle_reduction_order
+from detr_fabric.launch import build_fabric, end_together, make_deterministic, settle_reduction_order
 from detr_fabric.loss.criterion import Losses, SetCriterion
 from detr_fabric.memory import within_memory
 from detr_fabric.model.detr import build_model
@@ -77,6 +77,8 @@ class Run(NamedTuple):
 def setup(cfg: Config) -> Run:
     """Builds what a resolved config asks for. Raises UserError, on every rank alike, for what the user can mend."""
     train, data = cfg.train, cfg.data
+    if train.deterministic:
+        make_deterministic()
     fabric = build_fabric(
         train.accelerator, train.devices, train.precision, broadcast_buffers=cfg.model.norm == "batch"
     )

@@ -38,6 +38,7 @@ HARMLESS = {  # settings that may change between two halves of a run, whole sect
         "train.checkpoint_every",
         "train.checkpoint_minutes",
         "train.keep_every",
+        "train.deterministic",
         "train.on_nonfinite",
         "train.max_nonfinite",
         "train.requeue",

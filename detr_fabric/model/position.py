@@ -23,8 +23,8 @@ class SinePosition(nn.Module):
     def forward(self, mask: Tensor) -> Tensor:
         """mask (B, h, w), True on padding → (B, D, h, w): D/2 channels of y, then D/2 of x."""
         inside = ~mask
-        y = inside.cumsum(1, dtype=torch.float32)
-        x = inside.cumsum(2, dtype=torch.float32)
+        y = inside.cumsum(1).float()  # of whole numbers: of floats it has no deterministic algorithm on a GPU
+        x = inside.cumsum(2).float()
         y = y / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
         x = x / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
         half = self.dim // 2
