@@ -165,9 +165,10 @@ class Recorder:
         values = {f"val/{name}": value for name, value in evaluation.stats.items()}
         values |= {f"val/AP_class/{name}": value for name, value in evaluation.per_class.items()}
         count, loss = self.cfg.eval.attention_images, self.cfg.loss
-        if count > 0:
+        readable = [batch for batch in sample(self.val_set, count) if batch[1][0].fault is None]
+        if readable:
             costs = (loss.cost_class, loss.cost_bbox, loss.cost_giou)
-            attention = attention_statistics(self.model, sample(self.val_set, count), costs)
+            attention = attention_statistics(self.model, readable, costs)
             values |= attention.curves()
             self.wandb.log_table("attention/heads", *attention.table(), step)
         unread = ""

@@ -121,7 +121,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("user")
     root = write_root(folder / "root", content(), content(6))
     damage(root / "train2017", BAD)
-    damage(root / "val2017", {1: "empty", 4: "bomb"})
+    damage(root / "val2017", {0: "empty", 4: "bomb"})
     going = job(folder, "skip", "--data.bad-images", "skip")
     assert going.wait() == [0], going.text()
     (folder / "skip" / "text").write_text(going.text())
@@ -155,7 +155,7 @@ def test_skipped_images_are_named_and_counted_and_training_goes_on(folder: Path)
     assert len(losses(run)) == STEPS
     names = [name for _, name in skipped(run)]
     assert sorted(n for n in names if "train" in n) == sorted(2 * [f"train2017/{n}.png" for n in BAD])
-    assert sorted(n for n in names if "val" in n) == sorted(2 * ["val2017/1.png", "val2017/4.png"])
+    assert sorted(n for n in names if "val" in n) == sorted(2 * ["val2017/0.png", "val2017/4.png"])
     for n in BAD:
         assert text.count(f"skipped image {n}: root/train2017/{n}.png ") == 1
     *_, last = (record for record in records(run) if "train/loss" in record)
@@ -183,10 +183,14 @@ def test_a_run_that_skips_resumes_bit_for_bit(folder: Path) -> None:
 
 @pytest.mark.faults
 def test_two_ranks_skip_the_same_images_in_the_same_steps(folder: Path) -> None:
-    going = job(folder, "two", "--data.bad-images", "skip", ranks=2)
+    going = job(folder, "two", "--data.bad-images", "skip", "--eval.attention-images", "1", ranks=2)
     assert going.wait() == [0, 0], going.text()
     assert skipped(folder / "two") == skipped(folder / "skip")
     assert f"images were skipped {2 * len(BAD)} times" in going.text()
+    measured = [
+        {run for record in records(folder / run) for key in record if "attention/" in key} for run in ("skip", "two")
+    ]
+    assert measured == [{"skip"}, set()], "attention is measured on the first image, which cannot be read"
     for n in BAD:
         assert going.text().count(f"skipped image {n}: root/train2017/{n}.png ") == 1
 
@@ -214,10 +218,10 @@ def test_evaluation_of_a_checkpoint_stops_or_counts_bad_images_without_detection
     data = replace(Config.from_dict(content["config"]).data, workers=0)
     evaluate_checkpoint(content, Settings(data=data, accelerator="cpu"))
     text = capsys.readouterr().out
-    assert "skipped image 1: root/val2017/1.png is empty" in text and "skipped image 4: " in text
+    assert "skipped image 0: root/val2017/0.png is empty" in text and "skipped image 4: " in text
     assert "6 images (2 unreadable ones without detections)" in text
-    with pytest.raises(UserError, match="image 1: root/val2017/1.png is empty.* set --data.bad-images skip"):
+    with pytest.raises(UserError, match="image 0: root/val2017/0.png is empty.* set --data.bad-images skip"):
         evaluate_checkpoint(content, Settings(data=replace(data, bad_images="stop"), accelerator="cpu"))
-    damage(folder / "root" / "val2017", dict.fromkeys((0, 2, 3, 5), "empty"))
+    damage(folder / "root" / "val2017", dict.fromkeys((1, 2, 3, 5), "empty"))
     with pytest.raises(UserError, match="nor can any other image be read: check the folder root/val2017"):
         evaluate_checkpoint(content, Settings(data=data, accelerator="cpu"))

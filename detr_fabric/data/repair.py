@@ -191,7 +191,7 @@ def _find(table: _Table, what: str, target: _Table, known: list[Id], unread: set
     target: the table in which the ids are; unread: ids that were dropped because training would stop there.
     """
     column = [row.get(f"{what}_id") for row in table.rows]
-    place = look_up(column, dict(zip(known, itertools.count(), strict=False)))
+    place = look_up(column, {id: number for number, id in enumerate(known)})
     lost = place < 0
     dropped = {row["id"] for row, alive in zip(target.rows, target.alive, strict=True) if not alive and _is_id(row)}
     of_unread = lost & (look_up(column, dict.fromkeys(unread, 0)) == 0)
