@@ -11,7 +11,7 @@ import pytest
 from detr_fabric.benchmark.__main__ import main
 
 
-@pytest.mark.parametrize("part", ["loss", "data", "eval", "inference", "step"])
+@pytest.mark.parametrize("part", ["loss", "data", "eval", "inference", "step", "start"])
 def test_each_part_prints_a_table_and_writes_a_record(
     part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

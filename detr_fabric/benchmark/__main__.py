@@ -1,4 +1,5 @@
-"""Measures this machine, ours beside a peer in the same run: loss, data, eval, inference, step, attention.
+"""Measures this machine, ours beside a peer in the same run: loss, data, eval, inference,
+step, attention, start.
 
     python -m detr_fabric.benchmark [PART ...] [--json FILE] [--quick] [--data.root coco]
 
@@ -19,7 +20,7 @@ from typing import Any
 from detr_fabric.cli import fail
 from detr_fabric.errors import UserError
 
-PARTS = ("loss", "data", "eval", "inference", "step", "attention")
+PARTS = ("loss", "data", "eval", "inference", "step", "attention", "start")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -28,14 +28,21 @@ class Part(NamedTuple):
 
 
 def interleaved(
-    calls: dict[str, Call], seconds: float, device: torch.device, least: int = 3, warm_up: bool = True
+    calls: dict[str, Call],
+    seconds: float,
+    device: torch.device,
+    least: int = 3,
+    warm_up: bool = True,
+    wall: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of each call in rounds in which all take turns, so that a busy moment of the machine meets all of them.
 
     A round to warm up is not counted; then rounds for about `seconds`, at least `least`. On a CPU with one thread this
-    is processor time, the same as wall time on an idle machine and hardly longer on a busy one.
+    is processor time, the same as wall time on an idle machine and hardly longer on a busy one. wall: not so, for calls
+    whose work is done by other processes.
     """
-    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if one_thread and not wall else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values() if warm_up else ():
         call()
