@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -18,19 +18,13 @@ from torch import nn
 
 from detr_fabric.batch import normalize
 from detr_fabric.boxes import cxcywh_to_xyxy
-from detr_fabric.checkpoint import load_model_state
-from detr_fabric.config import Config
-from detr_fabric.data.coco import Categories, CocoDetection
-from detr_fabric.data.loader import EvalLoader, MicroBatch, build_validation
+from detr_fabric.data.coco import CocoDetection
+from detr_fabric.data.loader import EvalLoader, MicroBatch
 from detr_fabric.errors import UserError
-from detr_fabric.launch import build_fabric
-from detr_fabric.model.detr import build_model, post_process
+from detr_fabric.model.detr import post_process
 from detr_fabric.pictures import Boxes, Picture
 from detr_fabric.scoring import Detections, score
 from detr_fabric.signals import Preempted, Preemption
-
-if TYPE_CHECKING:
-    from detr_fabric.evaluate import Settings
 
 
 class Evaluation(NamedTuple):
@@ -106,13 +100,16 @@ def evaluate(
     return Evaluation(scores.stats, per_class, found, faults, ended - started, ended - scoring)
 
 
-def picture_panel(dataset: CocoDetection, detections: list[Detections], count: int, threshold: float) -> list[Picture]:
-    """The first `count` images with their detections above a score and their true boxes, in pixels as evaluated."""
+def picture_panel(
+    dataset: CocoDetection, detections: Sequence[Detections], indices: Iterable[int], threshold: float
+) -> list[Picture]:
+    """Images with their detections of at least a score and their true boxes, in pixels as evaluated."""
     pictures = []
-    for index, found in enumerate(detections[:count]):
+    for index in indices:
+        found = detections[index]
         image, target = dataset[(0, index)]
         height, width = target.size
-        kept = found.scores > threshold
+        kept = found.scores >= threshold
         scale = torch.tensor([width / target.orig_size[1], height / target.orig_size[0]]).repeat(2)
         true = cxcywh_to_xyxy(target.boxes) * torch.tensor([width, height]).repeat(2)
         pictures.append(
@@ -126,45 +123,10 @@ def picture_panel(dataset: CocoDetection, detections: list[Detections], count: i
     return pictures
 
 
-def save_evaluation(path: Path, evaluation: Evaluation, step: int) -> None:
-    """Writes the scores as JSON, replacing an earlier file whole."""
+def save_evaluation(path: Path, evaluation: Evaluation, step: int, more: Mapping[str, Any] | None = None) -> None:
+    """Writes the scores, and `more`, as JSON, replacing an earlier file whole."""
     content = {"step": step, **evaluation.stats, "AP_class": evaluation.per_class, "seconds": evaluation.seconds}
+    content |= more or {}
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, path)
-
-
-def evaluate_checkpoint(content: dict[str, Any], settings: Settings) -> None:
-    """Rebuilds the model of a loaded checkpoint, evaluates it and prints the scores; the work of evaluate.py."""
-    cfg = replace(Config.from_dict(content["config"]), data=settings.data, eval=settings.eval).resolve()
-    fabric = build_fabric(settings.accelerator, settings.devices, settings.precision, broadcast_buffers=False)
-    fabric.launch()
-    categories = Categories.from_dict(content["categories"])
-    dataset = build_validation(cfg.data, categories, cfg.train.seed)
-    model = build_model(cfg.model, cfg.attn, categories.num_classes, pretrained=False)
-    load_model_state(model, content["model"], "checkpoint")
-    loader = EvalLoader(
-        dataset,
-        cfg.eval.batch_size,
-        fabric.global_rank,
-        fabric.world_size,
-        cfg.data.workers,
-        cfg.data.pad_multiple,
-        pin_memory=fabric.device.type == "cuda",
-    )
-    evaluation = evaluate(fabric, fabric.setup_module(model), loader, dataset, cfg.eval.backend)
-    if evaluation is None:
-        return
-    for fault in evaluation.faults:
-        print(f"skipped {fault}")
-    unread = f" ({len(evaluation.faults)} unreadable ones without detections)" if evaluation.faults else ""
-    print(f"{len(dataset)} images{unread}, step {content['state']['step']}, in {evaluation.seconds:.1f} s")
-    for name, value in evaluation.stats.items():
-        print(f"  {name:6} {value:.3f}")
-    for name, value in evaluation.per_class.items():
-        print(f"  AP of {name:20} {value:.3f}")
-    if settings.out is not None:
-        try:
-            save_evaluation(Path(settings.out), evaluation, content["state"]["step"])
-        except OSError as error:
-            raise UserError(f"--out {settings.out}: {error.strerror}") from error

@@ -31,6 +31,7 @@ class Picture(NamedTuple):
     caption: str
     predicted: Boxes | None = None
     true: Boxes | None = None
+    missed: Boxes | None = None  # true ones that are named, black on white
 
 
 def class_color(label: int) -> Color:
@@ -68,6 +69,10 @@ def draw(picture: Picture, class_names: Sequence[str], side: int = 512) -> Image
             label = int(predicted.labels[k])
             text = class_names[label] if predicted.scores is None else f"{class_names[label]} {certainty[k]:.2f}"
             taken.append(_label(pen, text, places[k], class_color(label), font, canvas.size, taken))
+    if picture.missed is not None:
+        for box, label in zip(picture.missed.boxes, picture.missed.labels.tolist(), strict=True):
+            place = _inside((box * factor).tolist(), canvas.size)
+            taken.append(_label(pen, class_names[label], place, WHITE, font, canvas.size, taken))
     return canvas
 
 

@@ -179,7 +179,8 @@ class Recorder:
         self.record(values | {"val/seconds": evaluation.seconds}, step)
         categories = self.val_set.categories
         names = [categories.name(label) for label in range(categories.num_classes)]
-        panel = picture_panel(self.val_set, evaluation.detections, self.cfg.wandb.panel_images, PANEL_THRESHOLD)
+        panel_range = range(min(self.cfg.wandb.panel_images, len(self.val_set)))
+        panel = picture_panel(self.val_set, evaluation.detections, panel_range, PANEL_THRESHOLD)
         rows = [[name, ap] for name, ap in evaluation.per_class.items()]
         self.wandb.log_table("val/AP_table", ["class", "AP"], rows, step)
         self.wandb.log_pictures("val/panel", panel, names, step)

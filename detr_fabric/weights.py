@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from detr_fabric.checkpoint import load_model_state, read_weights
-from detr_fabric.data.categories import COCO91_CLASSES, Categories
+from detr_fabric.data.categories import COCO91_CLASSES, Categories, listed, plain
 from detr_fabric.data.coco_classes import COCO_CLASSES
 from detr_fabric.errors import UserError
 from detr_fabric.model.attention import Attention
@@ -22,7 +22,6 @@ Rows = list[int | None]  # for each row of this model the row of the file that i
 HEAD = ("class_embed.weight", "class_embed.bias")  # (C+1, D), (C+1): the last row is "no object"
 QUERIES = "query_embed.weight"  # (Q, D)
 OPTIONAL = ("alpha_logit", "num_batches_tracked")  # of learned alphas; of batch norm that is trained
-NAMED = 8  # classes that a line names, at most
 
 
 def load_weights(model: DETR, source: str, categories: Categories) -> list[str]:
@@ -90,10 +89,6 @@ def head_rows(names: dict[int, str] | None, width: int, categories: Categories) 
     return rows
 
 
-def plain(name: str) -> str:
-    return name.replace("_", " ").strip().casefold()
-
-
 def carry_over(own: Tensor, theirs: Tensor, rows: Rows) -> Tensor:
     """A copy of `own` with the rows of `theirs` that are to replace its own."""
     result = own.clone()
@@ -111,11 +106,6 @@ def head_line(names: dict[int, str] | None, rows: Rows, categories: Categories) 
     line = f"head    {len(kept)} of {len(labels)} classes and no-object carried over"
     line += f" {how}: {listed(kept)}" if kept else ""
     return f"{line}; new: {listed(new)}" if new else line
-
-
-def listed(names: list[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def alpha_line(state: State, own: State) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 Id = int | str
 LabelSpace = Literal["contiguous", "coco91"]
 
+NAMED = 8  # classes that a line names, at most
 COCO91_CLASSES = 91  # the largest category id of COCO, plus one
 
 
@@ -67,3 +69,13 @@ def category_id(name: str, training: Categories | None, own: Id | None = None) -
         return name if own is None else own
     same = [id for id, other in zip(training.ids, training.names, strict=True) if other == name]
     return own if own in same and own is not None else (same or [name])[0]
+
+
+def plain(name: str) -> str:
+    """What two names of one class have in common."""
+    return name.replace("_", " ").strip().casefold()
+
+
+def listed(names: Sequence[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")

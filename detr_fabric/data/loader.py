@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from detr_fabric.batch import ImageBatch, Target, pad_images
 from detr_fabric.config import DataConfig
 from detr_fabric.data import sampler, shapes
-from detr_fabric.data.coco import Categories, CocoDetection, read_annotations
+from detr_fabric.data.coco import Annotations, Categories, CocoDetection, read_annotations
+from detr_fabric.data.foreign import Matched, match_by_name
 from detr_fabric.data.layouts import root_paths
 from detr_fabric.data.sampler import Sample
 from detr_fabric.data.split import split
@@ -213,9 +214,24 @@ def build_datasets(data: DataConfig, seed: int) -> tuple[CocoDetection, CocoDete
 def build_validation(data: DataConfig, categories: Categories, seed: int) -> CocoDetection:
     """The images that resolved settings evaluate on, under the evaluation transform and labelled by `categories`: those
     of the training data or of a checkpoint. Raises UserError as build_datasets does."""
+    images, file = _paths(data, _part(data))
+    return _validation(data, images, read_annotations(file, categories, data.label_space, images), seed)
+
+
+def build_foreign_validation(data: DataConfig, categories: Categories, seed: int) -> tuple[CocoDetection, Matched]:
+    """As build_validation, for annotations whose classes go by name, and what came of matching them."""
+    images, file = _paths(data, _part(data))
+    matched = match_by_name(file, categories, images)
+    return _validation(data, images, matched.annotations, seed), matched
+
+
+def _part(data: DataConfig) -> Literal["train", "val"]:
+    """Where the images to evaluate on come from."""
+    return "train" if data.validate_on_train or data.val_fraction is not None else "val"
+
+
+def _validation(data: DataConfig, images: Path, annotations: Annotations, seed: int) -> CocoDetection:
     assert data.scales is not None and data.max_size is not None, "resolve the config first"
-    images, file = _paths(data, "train" if data.validate_on_train or data.val_fraction is not None else "val")
-    annotations = read_annotations(file, categories, data.label_space, images)
     if data.val_fraction is not None:
         _, annotations = split(annotations, data.val_fraction)
     if data.validate_on_train:
