@@ -112,7 +112,10 @@ def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises UserError when it can't be had or holds no weights.
     """
-    content = read_torch_file(download(source) if source.startswith(("http://", "https://")) else Path(source))
+    path = download(source) if source.startswith(("http://", "https://")) else Path(source)
+    if not path.is_file():
+        raise UserError(f"--model.checkpoint {source}: no such file; give weights to start from")
+    content = read_torch_file(path)
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"--model.checkpoint {source}: holds no weights under the key 'model'")

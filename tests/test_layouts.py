@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shlex
 from dataclasses import replace
@@ -261,6 +262,51 @@ def test_a_broken_yolo_file_is_one_sentence(files: dict[str, str], words: str | 
     with pytest.raises(UserError, match=words or "cannot be read") as caught:
         read_annotations(tmp_path / "data.yaml", images=tmp_path / "images")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", ["voc/1.xml", "labels/1.txt", "data.yaml", "ImageSets/Main/train.txt"])
+def test_damaged_files_are_read_or_refused_in_one_sentence(layout: str, tmp_path: Path) -> None:
+    """Bytes flipped, cut out, repeated and put in: never anything but Annotations or a UserError."""
+    content = coco([image(1)], [thing(1, 1), thing(2, 1, category=2)])
+    write_images(tmp_path / "images", content)
+    write_voc(tmp_path / "voc", content)
+    write_voc(tmp_path / "Annotations", content)
+    write_yolo(tmp_path, content)
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("1 1\n")
+    file = tmp_path / layout
+    path = {"voc/1.xml": file.parent, "labels/1.txt": tmp_path / "data.yaml"}.get(layout, file)
+    whole, rng = file.read_bytes(), random.Random(0)
+    read = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            place, length = rng.randrange(len(damaged) + 1), rng.randint(1, 8)
+            piece = damaged[place : place + length]
+            new = [bytes(rng.randrange(256) for _ in piece), b"", bytes(piece) * 3, rng.choice(ODD)]
+            damaged[place : place + length] = rng.choice(new)
+        file.write_bytes(bytes(damaged))
+        try:
+            read += len(read_annotations(path, images=tmp_path / "images"))
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert 0 < read < 300
+
+
+ODD = (
+    b"\x00",
+    b"\xff\xfe",
+    b"nan",
+    b"-1e999",
+    b"9" * 400,
+    b"<![CDATA[",
+    b"&amp;",
+    b"&b;",
+    b"\n",
+    b"../",
+    b"{",
+    b"!!set",
+)
 
 
 def test_folders_that_are_no_layout_or_lie_elsewhere_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ become crowds: neither trained on nor counted as missed, and detections of them 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -73,7 +74,7 @@ def _listed(path: Path) -> list[Path]:
     if not names:
         raise UserError(f"{path} names no image: add a name a line")
     for name in names:
-        if not inside(name) or not (folder / f"{name}.xml").is_file():
+        if not inside(name) or not os.path.isfile(folder / f"{name}.xml"):  # Path's raises for overlong names
             raise UserError(f"{path} names {name[:100]!r}, which has no .xml file in {folder}: correct the list")
     return [folder / f"{name}.xml" for name in names]
 

@@ -6,6 +6,7 @@ y2 x3 y3 …`, a polygon, whose box is taken. An image without a text file, or w
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def images_folder(file: Path, part: str) -> Path:
     path = content.get("path") if isinstance(content.get("path"), str) else "."
     # some exports write ../train/images for a folder that lies beside data.yaml
     for folder in (home / str(path) / given, home / given, home / given.removeprefix("../")):
-        if folder.is_dir() and folder.resolve().is_relative_to(home):
+        if os.path.isdir(folder) and folder.resolve().is_relative_to(home):
             return folder
     raise UserError(
         f"{file}: `{part}: {given[:200]}` is no folder beside or below it; name the folders with "
