@@ -32,14 +32,14 @@ from detr_fabric.progress import counted
 
 PROG = "python -m detr_fabric.check"
 ABOUT = """Finds everything that is wrong with a COCO-format data set, says what training does about it, and shows what
-matters to DETR. Training refuses a file as a whole, stops at an image that it cannot read (or goes on without it, with
---data.bad-images skip), drops boxes without area, clips boxes to their image, and keeps the rest.
+matters to DETR. Training refuses a file as a whole, stops at an image that it cannot read (with --data.bad-images skip
+it goes on without it), drops boxes without area, clips boxes to their image, and keeps the rest.
 
---fix writes a copy that training accepts. It drops annotations whose bbox is unusable or has no area or whose image or
-category is unknown or dropped, images whose file_name leaves their folder, categories that training refuses, and of
-images or categories with one id all but the first, which gets the annotations of all; with --images also images at
-whose file training would stop. Annotations with the id of another get a new one. A wrong width, height, area or iscrowd
-is removed, as each may be missing.
+A copy that training accepts is written by --fix. It drops annotations whose bbox is unusable or has no area or whose
+image or category is unknown or dropped, images whose file_name leaves their folder, categories that training refuses,
+and of images or categories with one id all but the first, which gets the annotations of all; with --images also images
+at whose file training would stop. Annotations with the id of another get a new one. A wrong width, height, area or
+iscrowd is removed, as each may be missing.
 
 Exit code: 0 if training accepts the data (with --fix: the copy), 1 if not, 2 if the command itself is wrong."""
 

@@ -525,7 +525,7 @@ def test_help_explains_everything_and_annotations_are_checked_without_torch(tmp_
         "Exit code: 0",
         "ANNOTATIONS.json",
         "refuses",
-        "--fix writes a copy",
+        "written by --fix",
         "--images FOLDER",
         "--queries INT",
     ):
