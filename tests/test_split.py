@@ -19,7 +19,7 @@ from detr_fabric.data.loader import build_datasets, build_validation
 from detr_fabric.data.split import split
 from detr_fabric.errors import UserError
 from detr_fabric.evaluate import Settings
-from detr_fabric.evaluation import evaluate_checkpoint
+from detr_fabric.scorecard import evaluate_checkpoint
 
 
 def names(annotations: Annotations) -> set[str]:
@@ -98,10 +98,11 @@ def test_one_annotation_file_trains_resumes_and_evaluates_on_the_same_images(
         assert job.wait() == [0], job.text()
         assert f"{len(train)} training and {len(val)} validation images" in job.text()
         assert json.loads((tmp_path / "run" / "validation_images.json").read_text()) == val.image_ids
-    content = load_checkpoint(tmp_path / "run" / "last.ckpt")
+    checkpoint = tmp_path / "run" / "last.ckpt"
+    content = load_checkpoint(checkpoint)
     config = Config.from_dict(content["config"])
     monkeypatch.chdir(tmp_path)
-    evaluate_checkpoint(content, Settings(config.data, config.eval, accelerator="cpu"))
+    evaluate_checkpoint(content, checkpoint, Settings(config.data, config.eval, accelerator="cpu"))
     assert capsys.readouterr().out.startswith(f"{len(val)} images, ")
     job = Job(*args, "--data.val-fraction", "0.5", "--train.epochs", "3", cwd=tmp_path)
     assert job.wait() == [2] and "--data.val-fraction was 0.25 and is now 0.5" in job.text()
