@@ -280,6 +280,8 @@ class TrainConfig:
     """Device type."""
     devices: int | None = None
     """Processes on this machine, one device each. Unset: 1; under torchrun or SLURM: as launched."""
+    compile: bool = False
+    """torch.compile the model: minutes at the start, faster steps. Sizes of images that vary are compiled once."""
     seed: int = 42
     """Seed of initial weights, data order, augmentation and dropout."""
     resume: str | None = None

@@ -125,6 +125,8 @@ def setup(cfg: Config) -> Run:
     total_steps = int(min(train.epochs * epoch_steps - position + state.step, train.max_steps or math.inf))
     if state.step >= total_steps and state.evaluated == state.step:
         raise UserError(f"{folder}: all {state.step} steps are done, nothing is left; raise --train.epochs")
+    if train.compile:
+        model.compile()  # in place, so that names stay; batches of a second shape make the sizes dynamic, for good
     model, optimizer = fabric.setup(model, optimizer)
     if resuming:
         restore_optimizer(content, source, fabric, optimizer, scheduler, position)
@@ -203,6 +205,8 @@ def fit(run: Run) -> None:
                     numbers = meter.read()
                     if state.skipped:
                         numbers["skipped_images"] = state.skipped
+                    if cfg.train.compile:
+                        numbers["compiled_graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
                     recorder.training(losses, run.criterion.weights, grad_norm, run.optimizer, numbers, state.step)
                 else:
                     recorder.progress.update(state.epoch, state.step)

@@ -149,7 +149,7 @@ def examine(
         for micro_batch in micro_batches:
             batch, targets = fabric.to_device(micro_batch)
             inputs = precision.convert_input(tuple(normalize(batch)))
-            with precision.forward_context():
+            with precision.forward_context(), torch.compiler.set_stance("force_eager"):  # hooks see every module
                 outputs = model(*inputs)
             losses = criterion(precision.convert_output(outputs), targets, num_boxes.clamp(min=1), class_weight_sum)
             values = {"loss": losses.total, **losses.parts}

@@ -43,6 +43,7 @@ HARMLESS = {  # settings that may change between two halves of a run, whole sect
         "train.max_nonfinite",
         "train.requeue",
         "train.allow_config_change",
+        "train.compile",
     ),
 }
 GLOBAL_BATCH = {"train.batch_size", "train.accumulate"}  # harmless while their product with the ranks stays the same

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from detr_fabric.model.attention import Attention
@@ -61,6 +62,7 @@ def observe(model: nn.Module, see: See) -> Iterator[DETR]:
         see(site, layer, weights.detach(), masks[0])
 
     with ExitStack() as undo:
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
         undo.callback(detr.backbone[0].register_forward_hook(keep_mask).remove)
         for site, blocks in attention_blocks(detr).items():
             for layer, block in enumerate(blocks):
