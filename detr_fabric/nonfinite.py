@@ -182,9 +182,12 @@ def _tensors(output: object) -> Iterator[Tensor]:
 def black_box(
     run: Run, micro_batches: list[MicroBatch], findings: Findings, normalizers: Tensor, seed: int
 ) -> dict[str, Any]:
-    """Everything that losses and gradients of a step depend on, as plain tensors, numbers and strings."""
+    """Everything that losses and gradients of a step depend on, as plain tensors, numbers and strings.
+
+    It has no "model", so that nothing takes it for a checkpoint to go on from.
+    """
     return {
-        "model": run.model.state_dict(),
+        "weights": run.model.state_dict(),
         "config": run.cfg.to_dict(),
         "categories": run.train_set.categories.to_dict(),
         "precision": run.fabric.strategy.precision.precision,

@@ -43,7 +43,7 @@ def replay(settings: Settings) -> None:
     """Prints what was found then and what is found now. Raises UserError for another kind of file."""
     import torch
 
-    from detr_fabric.checkpoint import load_checkpoint, load_model_state
+    from detr_fabric.checkpoint import load_model_state, read_torch_file
     from detr_fabric.data.categories import Categories
     from detr_fabric.errors import UserError
     from detr_fabric.launch import single_device
@@ -52,14 +52,14 @@ def replay(settings: Settings) -> None:
     from detr_fabric.nonfinite import Findings, examine, micro_batches_of
 
     path = Path(settings.file)
-    content = load_checkpoint(path)
-    if "micro_batches" not in content:
-        raise UserError(f"{path}: a checkpoint, not a saved step; give the nonfinite.pt of a run's folder")
+    content = read_torch_file(path)
+    if not isinstance(content, dict) or "micro_batches" not in content:
+        raise UserError(f"{path}: not a step that was saved for replay; give the nonfinite.pt of a run's folder")
     cfg = Config.from_dict(content["config"])
     num_classes = Categories.from_dict(content["categories"]).num_classes
     fabric = single_device(settings.accelerator, settings.precision or content["precision"])
     model = build_model(cfg.model, cfg.attn, num_classes, pretrained=False)
-    load_model_state(model, content["model"], str(path))
+    load_model_state(model, content["weights"], str(path))
     model.to(memory_format=torch.channels_last)
     model.to(fabric.device).train()
     criterion = SetCriterion(num_classes, **asdict(cfg.loss)).to(fabric.device)

@@ -16,7 +16,7 @@ from lightning_fabric.plugins import MixedPrecision
 from torch import nn
 
 from detr_fabric import evaluate, loop, nonfinite, replay
-from detr_fabric.checkpoint import load_checkpoint, save_checkpoint
+from detr_fabric.checkpoint import load_checkpoint, read_torch_file, save_checkpoint
 from detr_fabric.cli import load_preset
 from detr_fabric.config import AttnConfig, Config, Mapping, ModelConfig, OptimConfig
 from detr_fabric.data.categories import Categories
@@ -27,6 +27,7 @@ from detr_fabric.nonfinite import BLACK_BOX, examine
 from detr_fabric.optimizer import build_optimizer
 from detr_fabric.resume import State
 from detr_fabric.signals import Preemption
+from tests.offline_wandb import read_run
 from tests.processes import Job, records
 from tests.test_faults import assert_same, losses_of
 from tests.test_model import SMALL, small_detr
@@ -163,13 +164,13 @@ def test_a_dropped_step_leaves_weights_moments_and_statistics_as_if_it_had_not_b
     folder: Path, fault: Fault, ranks: int
 ) -> None:
     """The same run, whose third step is never computed, has the same weights, batch statistics, moments and learning
-    rates at the end, and the same losses at every other step. The first of them is stopped and resumed on the way."""
+    rates at the end, and the same losses at every other step. With two ranks it is stopped and resumed on the way."""
     run, skip = f"skip_{fault}", ("--train.on-nonfinite", "skip")
-    halves = [("--train.max-steps", "5"), ("--train.max-steps", "7")]
+    halves = [("--train.max-steps", "5"), ("--train.max-steps", "7")][2 - ranks :]
     for half in halves:
         going = job(folder, run, *skip, *half, ranks=ranks, target=partial(break_steps, fault, ranks - 1, 3))
         assert going.wait() == [0] * ranks, going.text()
-    reference = job(folder, f"{run}_not_run", *halves[1], ranks=ranks, target=partial(break_steps, "nothing", 0, 3))
+    reference = job(folder, f"{run}_not_run", *halves[-1], ranks=ranks, target=partial(break_steps, "nothing", 0, 3))
     assert reference.wait() == [0] * ranks, reference.text()
     contents = [load_checkpoint(folder / name / "last.ckpt") for name in (run, f"{run}_not_run")]
     for key in ("model", "optimizer", "lr_scheduler", "epoch"):
@@ -188,15 +189,22 @@ def test_a_dropped_step_leaves_weights_moments_and_statistics_as_if_it_had_not_b
 
 def test_a_run_gives_up_after_so_many_bad_steps_in_a_row_and_not_before(folder: Path) -> None:
     limit = ("--train.on-nonfinite", "skip", "--train.max-nonfinite", "3")
-    going = job(folder, "limit", *limit, target=partial(break_steps, "loss", 0, 2, 3, 5, 6, 7, 8))
+    bad = partial(break_steps, "loss", 0, 2, 3, 5, 6, 7, 8)
+    going = job(folder, "limit", *limit, "--wandb.mode", "offline", target=bad)
     assert going.wait() == [2], going.text()
     (said,) = errors(going.text())
     assert "step 7: " in said and "3 steps in a row" in said and "--train.max-nonfinite" in said
-    assert [r["dropped_steps"] for r in records(folder / "limit") if "dropped_steps" in r] == [1, 2, 3, 4]
-    assert load_checkpoint(folder / "limit" / BLACK_BOX)["step"] == 5  # the first of the last series
+    (wandb,) = (folder / "limit").rglob("run-*.wandb")
+    for rows in (records(folder / "limit"), read_run(wandb).history):
+        drops = [(row["step"], row["dropped_steps"]) for row in rows if "dropped_steps" in row]
+        assert drops == [(2, 1), (3, 2), (5, 3), (6, 4)]
+    assert read_torch_file(folder / "limit" / BLACK_BOX)["step"] == 5  # the first of the last series
     assert load_checkpoint(folder / "limit" / "previous.ckpt")["state"]["step"] == 5
     state = load_checkpoint(folder / "limit" / "last.ckpt")["state"]
     assert (state["step"], state["dropped"], state["dropped_in_a_row"]) == (6, 4, 2)
+    for command in (("--train.resume", str(Path("limit") / BLACK_BOX)), ("--model.checkpoint", f"limit/{BLACK_BOX}")):
+        refused = job(folder, "other", *command)
+        assert refused.wait() == [2] and len(errors(refused.text())) == 1 and "Traceback" not in refused.text()
     again = job(folder, "limit", *limit, target=partial(break_steps, "loss", 0, 7))  # the counts are resumed
     assert again.wait() == [2] and "3 steps in a row" in again.text()
 
@@ -237,26 +245,26 @@ def test_an_overflow_of_the_loss_scale_is_normal_but_a_loss_or_gradient_that_is_
     model, run = step_in_fp16(tmp_path, scale=2.0**60)
     before = [p.clone() for p in model.parameters()]
     for _ in range(2):
-        losses, norm, _, dropped = loop.training_step(run, small_batch()[2:4])
+        losses, norm, _, dropped = loop.training_step(run, small_batch()[3:4])
         assert losses.total.isfinite() and not norm.isfinite() and dropped is None
     assert run.fabric.strategy.precision.scaler.get_scale() == 2.0**58 and run.state.dropped == 0
     assert all(map(torch.equal, before, model.parameters())) and not list(tmp_path.iterdir())
     run.fabric.strategy.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    norm = loop.training_step(run, small_batch()[2:4]).grad_norm
+    norm = loop.training_step(run, small_batch()[3:4]).grad_norm
     assert norm.isfinite() and not all(map(torch.equal, before, model.parameters()))
 
     with torch.no_grad():
         model.class_embed.bias[0] = float("nan")
     with pytest.raises(EveryRankError, match="first the output of class_embed, whose bias is not finite"):
-        loop.training_step(run, small_batch()[2:4])
+        loop.training_step(run, small_batch()[3:4])
 
 
 def test_a_gradient_that_overflows_without_any_loss_scale_stops_fp16_too(tmp_path: Path) -> None:
     model, run = step_in_fp16(tmp_path, scale=1.0)
     model.class_embed.bias.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(EveryRankError, match="the gradient is not finite, first the gradient of class_embed.bias"):
-        loop.training_step(run, small_batch()[2:4])
-    assert load_checkpoint(tmp_path / BLACK_BOX)["precision"] == "16-mixed"
+        loop.training_step(run, small_batch()[3:4])
+    assert read_torch_file(tmp_path / BLACK_BOX)["precision"] == "16-mixed"
 
 
 def test_a_step_dropped_in_fp16_changes_no_weight_and_the_next_one_is_taken(tmp_path: Path) -> None:
@@ -265,12 +273,12 @@ def test_a_step_dropped_in_fp16_changes_no_weight_and_the_next_one_is_taken(tmp_
     before = [p.clone() for p in model.parameters()]
     with torch.no_grad():
         model.class_embed.bias[0] = float("nan")
-    dropped = loop.training_step(run, small_batch()[2:4]).dropped
+    dropped = loop.training_step(run, small_batch()[3:4]).dropped
     assert dropped is not None and "the step is dropped, 1 in all, 1 in a row" in dropped
     with torch.no_grad():
         model.class_embed.bias.copy_(dict(zip(dict(model.named_parameters()), before, strict=True))["class_embed.bias"])
     assert all(map(torch.equal, before, model.parameters()))
-    assert loop.training_step(run, small_batch()[2:4]).dropped is None and run.state.dropped_in_a_row == 0
+    assert loop.training_step(run, small_batch()[3:4]).dropped is None and run.state.dropped_in_a_row == 0
     assert not all(map(torch.equal, before, model.parameters()))
 
 
@@ -366,9 +374,10 @@ def test_boxes_that_are_not_finite_are_an_error_and_never_a_score(
 # ---- the search for the first bad place
 
 
-def examined(model: nn.Module) -> nonfinite.Findings:
+def examined(model: nn.Module, micro_batches: list[loop.MicroBatch] | None = None) -> nonfinite.Findings:
     fabric = Fabric(accelerator="cpu", devices=1)
-    return examine(fabric, model.train(), SetCriterion(5), small_batch()[2:5], torch.tensor([6.0, 90.0]), seed=1)
+    batches = micro_batches or small_batch()[2:5]
+    return examine(fabric, model.train(), SetCriterion(5), batches, torch.tensor([6.0, 90.0]), seed=1)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sparsemax", "entmax-learned", "topk"])
@@ -381,6 +390,15 @@ def test_in_a_healthy_step_nothing_is_found_and_nothing_moves(kind: Mapping, che
     assert found.place is None and found.image_ids == [2, 3, 4] and all(map(math.isfinite, found.losses.values()))
     assert_same({**model.state_dict()}, before)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_images_of_the_accumulated_batch_that_went_wrong_are_named_alone() -> None:
+    batches = small_batch()[2:5]
+    batches[1][1][0].boxes[0, 2] = float("nan")
+    found = examined(small_detr(), batches)
+    assert found.place == "the total loss" and found.image_ids == [3]
+    assert {name for name, value in found.losses.items() if not math.isfinite(value)} > {"loss_bbox", "loss_giou_0"}
+    assert all(math.isfinite(value) for name, value in found.losses.items() if name.startswith("loss_ce"))
 
 
 def test_the_gradient_of_an_output_is_named_where_it_first_goes_wrong() -> None:
