@@ -28,6 +28,7 @@ from detr_fabric.data.paths import ImageFile, find_images, image_ids
 from detr_fabric.data.transforms import resized_size
 from detr_fabric.detector import Detector, Found, Prepared, load
 from detr_fabric.errors import UserError
+from detr_fabric.launch import launched
 from detr_fabric.model.detr import post_process
 from detr_fabric.pictures import Boxes, Picture, draw
 from detr_fabric.progress import counted
@@ -57,6 +58,9 @@ def predict(checkpoint: str, settings: Settings) -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names of any script on terminals of any encoding
+    nodes, per_node = launched() or (1, 1)
+    if nodes * per_node > 1:
+        raise UserError(f"prediction runs in one process, not in {nodes * per_node}: start it with python, once")
     out = Path(settings.out)
     files = find_images(settings.paths, leave_out=out)
     ids, targets = image_ids(files), picture_files(files, out / "pictures")
@@ -177,7 +181,8 @@ def attention_sheet(detector: Detector, seen: Seen, name: str, model_name: str) 
         matched={},
         class_names=[categories.name(label) for label in range(categories.num_classes)],
     )
-    return detection_sheet(look, seen.found.queries.tolist(), name)
+    title = name.encode("utf-8", "replace").decode()  # names of files need not be text
+    return detection_sheet(look, seen.found.queries.tolist(), title)
 
 
 @contextmanager

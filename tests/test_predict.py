@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -282,6 +283,26 @@ def test_pictures_and_attention_are_drawn_for_each_image_and_detection(
     shutil.rmtree(folder)
     assert run(monkeypatch, *args, "--threshold", "1", "--attention") == 0
     assert results(folder) == [] and not (folder / "attention").exists()
+
+
+def test_files_whose_names_are_no_text_are_predicted_and_drawn(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = os.fsdecode(b"caf\xe9 \xff.png")
+    write_image(tmp_path / "a.png").rename(tmp_path / name)
+    args = (checkpoint, tmp_path / name, "--out", tmp_path / "out", "--threshold", "0", "--attention")
+    assert run(monkeypatch, *args) == 0
+    assert {row["image_id"] for row in results(tmp_path / "out")} == {name}
+    assert (tmp_path / "out" / "attention" / f"{name}.png").exists()
+
+
+def test_several_processes_are_refused(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("RANK", "0")):
+        monkeypatch.setenv(key, value)
+    assert run(monkeypatch, checkpoint, write_image(tmp_path / "a.png"), "--out", tmp_path / "out") == 2
+    assert "one process, not in 2" in capsys.readouterr().err
 
 
 def test_text_fits_on_a_strip_and_labels_make_room_for_each_other() -> None:
