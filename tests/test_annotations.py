@@ -287,7 +287,7 @@ VALUES = st.one_of(
         [0, 1, 2, -1, 2**63, 10**400, "1", "../a", "/a", [], {}, [1, 2, 3, 4], float("nan"), "\ud800", "\0"]
     ),
     st.lists(st.one_of(st.integers(-50, 50), st.floats(), st.text(max_size=2)), max_size=5),
-)
+).map(copy.deepcopy)  # lists and objects are changed later
 
 
 @st.composite

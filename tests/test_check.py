@@ -588,7 +588,7 @@ VALUES = st.one_of(
     st.sampled_from(["1", "2", "a.png", "../a", "/a", "c:a", "a\\..\\b", "\ud800", "\0", "cat", "dog", "a" * 5000]),
     st.sampled_from([[], {}, [1, 2, 3, 4], [0, 0, 0, 0], [1, 2, "3", 4], [39.9999999, 1, 1e-9, 5], [[1]], {"id": 1}]),
     st.lists(st.one_of(st.integers(-50, 50), st.floats(-60, 60), st.floats()), min_size=4, max_size=4),
-)
+).map(copy.deepcopy)  # lists and objects are changed later
 KEYS = ["id", "file_name", "width", "height", "image_id", "category_id", "bbox", "area", "iscrowd", "name"]
 
 
