@@ -56,8 +56,8 @@ def advice(cfg: Config) -> str:
     ways = []
     if size > 1:
         factor = next(n for n in range(2, size + 1) if size % n == 0)
-        ways.append(f"--train.batch-size {size // factor} --train.accumulate {pieces * factor} (the same images in every step)")
+        ways.append(f"--train.batch-size {size // factor} --train.accumulate {pieces * factor} (same images a step)")
     if not cfg.model.gradient_checkpointing:
-        ways.append("--model.gradient-checkpointing (the same gradients, slower)")
+        ways.append("--model.gradient-checkpointing (same gradients, slower)")
     ways.append(f"a --data.max-size below {cfg.data.max_size} (another result: --train.allow-config-change)")
     return ", or ".join(ways)
