@@ -21,7 +21,7 @@ from detr_fabric.data.loader import EvalLoader
 from detr_fabric.data.transforms import train_transform
 from detr_fabric.errors import UserError
 from detr_fabric.evaluate import Settings
-from detr_fabric.evaluation import evaluate_checkpoint
+from detr_fabric.scorecard import evaluate_checkpoint
 from tests.processes import Job, records
 
 IMAGES = 24
@@ -214,14 +214,15 @@ def test_evaluation_of_a_checkpoint_stops_or_counts_bad_images_without_detection
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    content = load_checkpoint(folder / "skip" / "last.ckpt")
+    checkpoint = folder / "skip" / "last.ckpt"
+    content = load_checkpoint(checkpoint)
     data = replace(Config.from_dict(content["config"]).data, workers=0)
-    evaluate_checkpoint(content, Settings(data=data, accelerator="cpu"))
+    evaluate_checkpoint(content, checkpoint, Settings(data=data, accelerator="cpu"))
     text = capsys.readouterr().out
     assert "skipped image 0: root/val2017/0.png is empty" in text and "skipped image 4: " in text
     assert "6 images (2 unreadable ones without detections)" in text
     with pytest.raises(UserError, match="image 0: root/val2017/0.png is empty.* set --data.bad-images skip"):
-        evaluate_checkpoint(content, Settings(data=replace(data, bad_images="stop"), accelerator="cpu"))
+        evaluate_checkpoint(content, checkpoint, Settings(data=replace(data, bad_images="stop"), accelerator="cpu"))
     damage(folder / "root" / "val2017", dict.fromkeys((1, 2, 3, 5), "empty"))
     with pytest.raises(UserError, match="nor can any other image be read: check the folder root/val2017"):
-        evaluate_checkpoint(content, Settings(data=data, accelerator="cpu"))
+        evaluate_checkpoint(content, checkpoint, Settings(data=data, accelerator="cpu"))
