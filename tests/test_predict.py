@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from coco_files import coco, image, write_json
 from lightning_fabric import Fabric
 from PIL import Image
 
@@ -23,7 +24,7 @@ from detr_fabric.batch import normalize, pad_images
 from detr_fabric.boxes import cxcywh_to_xyxy
 from detr_fabric.checkpoint import save_checkpoint
 from detr_fabric.config import Config, DataConfig, ModelConfig
-from detr_fabric.data.annotations import read_annotations
+from detr_fabric.data.annotations import Annotations, read_annotations
 from detr_fabric.data.categories import Categories
 from detr_fabric.data.coco import CocoDetection
 from detr_fabric.data.images import to_tensor
@@ -36,7 +37,6 @@ from detr_fabric.evaluation import detect
 from detr_fabric.model.detr import build_model
 from detr_fabric.pictures import Boxes, Picture, class_color, draw
 
-PADDING = 0.02  # how far scores of the random model may move when images of other shapes are in the batch
 PETS = Categories((7, 42), ("cat", "großer Hund"))
 
 
@@ -86,8 +86,25 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 def test_boxes_are_what_evaluation_sees(coco_mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     annotations = read_annotations(coco_mini / "annotations" / "instances_val2017.json").first(12, with_objects=False)
+    compare_with_evaluation(coco_mini / "val2017", annotations, 0.02, tmp_path, monkeypatch)
+
+
+def test_boxes_of_odd_sizes_and_ids_are_what_evaluation_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [(31, 47), (64, 64), (200, 33), (90, 60), (33, 200), (128, 96)] * 2
+    images = [image(k, width=w, height=h, file_name=f"{k:04}.png") for k, (w, h) in enumerate(sizes, 3)]
+    for entry in images:
+        write_image(tmp_path / "images" / entry["file_name"], entry["width"], entry["height"])
+    content = coco(images, [], [{"id": 9, "name": "cat"}, {"id": 70, "name": "dog"}])
+    annotations = read_annotations(write_json(tmp_path / "a.json", content))
+    compare_with_evaluation(tmp_path / "images", annotations, 0.2, tmp_path, monkeypatch)  # strips have much padding
+
+
+def compare_with_evaluation(
+    folder: Path, annotations: Annotations, padding: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 images under a random model, by prediction and by evaluation; padding: how far it may move scores."""
     file = write_checkpoint(tmp_path / "last.ckpt", annotations.categories)
-    dataset = CocoDetection(coco_mini / "val2017", annotations, eval_transform(64, 100), 0)
+    dataset = CocoDetection(folder, annotations, eval_transform(64, 100), 0)
     loader = EvalLoader(dataset, 1, rank=0, world=1, workers=0, pad_multiple=1, pin_memory=False)
     detector = load(file, "cpu")
     expected = []
@@ -97,7 +114,7 @@ def test_boxes_are_what_evaluation_sees(coco_mini: Path, tmp_path: Path, monkeyp
             box = [x.item() for x in (left, top, right - left, bottom - top)]
             category = annotations.categories.id(int(found.labels[query]))
             expected.append((found.image_id, category, found.scores[query].item(), box))
-    paths = [coco_mini / "val2017" / name for name in annotations.file_names.tolist()]
+    paths = [folder / name for name in annotations.file_names.tolist()]
     for batch_size in (1, 5):
         out = tmp_path / str(batch_size)
         args = (file, *paths, "--threshold", "0", "--out", out, "--no-pictures", "--accelerator", "cpu")
@@ -112,7 +129,7 @@ def test_boxes_are_what_evaluation_sees(coco_mini: Path, tmp_path: Path, monkeyp
     for image_id in dataset.image_ids:
         ours = sorted(row["score"] for row in rows if row["image_id"] == image_id)
         theirs = sorted(score for image, _, score, _ in expected if image == image_id)
-        np.testing.assert_allclose(ours, theirs, atol=PADDING)
+        np.testing.assert_allclose(ours, theirs, atol=padding)
 
 
 def test_images_are_batched_by_shape_so_that_these_batches_change_nothing(
