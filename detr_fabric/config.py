@@ -62,6 +62,12 @@ class DataConfig:
     """Loader processes per rank."""
     pad_multiple: int = 1
     """Pad batches to a multiple of this many pixels."""
+    group_by_shape: bool = False
+    """Let training images share a batch that are alike in shape after augmentation: less padding. A step of 8 images or
+    fewer then has one shape, a larger one mixes several; which images share a step differs from the original's."""
+    max_batch_pixels: int | None = None
+    """Most pixels of a padded training batch (images x height x width): a larger one goes through the model in several
+    passes of the same step, with the same gradient. Unset: no limit."""
     shapes_dir: str | None = None
     """Folder of the built-in synthetic scenes. Unset: in the user's cache folder."""
     shapes_train: int = 8000
@@ -99,7 +105,16 @@ class DataConfig:
         _require(0 <= self.flip <= 1, f"data.flip is {self.flip}: a probability lies in [0, 1]")
         _require(self.workers >= 0, f"data.workers is {self.workers}: it must be 0 or more")
         _require(self.pad_multiple >= 1, f"data.pad_multiple is {self.pad_multiple}: it must be 1 or more")
-        for name in ("train_limit", "val_limit", "shapes_train", "shapes_val"):
+        limit, multiple = self.max_batch_pixels, self.pad_multiple
+        if limit is not None and self.scales is not None and self.max_size is not None:
+            shorter, longer = max(self.scales), max(*self.scales, self.max_size)
+            largest = math.prod(math.ceil(side / multiple) * multiple for side in (shorter, longer))
+            _require(
+                limit >= largest,
+                f"data.max_batch_pixels is {limit}, but a single image can have {largest} (data.scales x data.max_size)"
+                ": raise it, or lower the other two",
+            )
+        for name in ("train_limit", "val_limit", "shapes_train", "shapes_val", "max_batch_pixels"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"data.{name} is {value}: it must be 1 or more")
         _require(32 <= self.shapes_size <= 512, f"data.shapes_size is {self.shapes_size}: between 32 and 512 pixels")

@@ -28,7 +28,7 @@ from detr_fabric.config import Config, Precision
 from detr_fabric.data.categories import Categories
 from detr_fabric.data.images import read_image, to_tensor
 from detr_fabric.data.loader import MicroBatch
-from detr_fabric.data.transforms import eval_transform
+from detr_fabric.data.transforms import EvalTransform
 from detr_fabric.errors import UserError
 from detr_fabric.evaluation import detect_batch
 from detr_fabric.launch import single_device
@@ -66,7 +66,7 @@ class Detector:
         self.model = fabric.setup_module(model).eval()
         self.categories, self.pad_multiple, self.fabric = categories, pad_multiple, fabric
         self.scale, self.max_size = scale, max_size
-        self.transform = eval_transform(scale, max_size)
+        self.transform = EvalTransform(scale, max_size)
 
     @overload  # a str is a sequence of str, but matches here first
     def __call__(self, images: Source, threshold: float = 0.7, batch_size: int = 1) -> Found: ...  # type: ignore[overload-overlap]

@@ -24,7 +24,7 @@ from detr_fabric.checkpoint import load_model_state
 from detr_fabric.config import Config
 from detr_fabric.data.coco import CocoDetection
 from detr_fabric.data.loader import EvalLoader, TrainLoader, build_datasets
-from detr_fabric.data.report import summary
+from detr_fabric.data.report import padding_summary, summary
 from detr_fabric.errors import UserError
 from detr_fabric.evaluation import evaluate
 from detr_fabric.folder import RunLock, run_folder
@@ -97,6 +97,8 @@ def setup(cfg: Config) -> Run:
         data.workers,
         data.pad_multiple,
         pin_memory,
+        data.group_by_shape,
+        data.max_batch_pixels,
     )
     val_loader = EvalLoader(val_set, cfg.eval.batch_size, rank, world, data.workers, data.pad_multiple, pin_memory)
 
@@ -265,6 +267,9 @@ def introduce(run: Run, recorder: Recorder) -> None:
     )
     for name, data in (("train", run.train_set), ("val", run.val_set)):
         say(f"{name:8}{summary(data.annotations, cfg.model.num_queries)}")
+    grouped = cfg.data.group_by_shape
+    padding, otherwise = (run.train_loader.padding(how) for how in (grouped, not grouped))
+    say(f"padding {padding_summary(padding, otherwise, grouped, cfg.data.max_batch_pixels)}")
     parameters = count_parameters(run.model)
     start = cfg.model.checkpoint or cfg.model.backbone_weights
     norm = "frozen batch norm" if cfg.model.norm == "frozen" else "trained batch norm"
@@ -286,7 +291,8 @@ def introduce(run: Run, recorder: Recorder) -> None:
 def training_step(run: Run, micro_batches: list[MicroBatch]) -> Step:
     """One optimizer step over the gradients of all micro-batches; returns their losses and the gradient's norm.
 
-    Where one of these is not finite, all ranks raise EveryRankError or leave weights and statistics as they were.
+    Ranks may have unequally many micro-batches, for they meet in the last one's backward pass alone. Where something is
+    not finite, all ranks raise EveryRankError or leave weights and statistics as they were.
     """
     cfg, fabric, model, criterion = run.cfg, run.fabric, run.model, run.criterion
     dropout_seed = random.Random(f"dropout-{cfg.train.seed}-{run.state.step}-{fabric.global_rank}").getrandbits(63)
@@ -307,7 +313,7 @@ def training_step(run: Run, micro_batches: list[MicroBatch]) -> Step:
             # a loss that is not finite makes the whole gradient NaN, whose average over ranks tells all of them
             fabric.backward(losses.total * (1 + 0 * losses.total.detach()))
         parts.append(Losses(losses.total.detach(), losses.parts))
-    losses = add_losses(parts)
+    losses = add_losses(parts, [len(targets) for _, targets in micro_batches])
 
     max_norm = cfg.optim.clip_max_norm or math.inf
     grad_norm = fabric.clip_gradients(model, run.optimizer, max_norm=max_norm, error_if_nonfinite=False)
@@ -324,12 +330,16 @@ def training_step(run: Run, micro_batches: list[MicroBatch]) -> Step:
     return Step(losses, grad_norm, interrupted, dropped)
 
 
-def add_losses(parts: list[Losses]) -> Losses:
-    """Losses of an effective batch: sums, for each was divided by the whole; errors, not divided, are averaged."""
+def add_losses(parts: list[Losses], images: list[int]) -> Losses:
+    """Losses of an effective batch from those of its parts, of so many images each: sums, for each was divided by the
+    whole; errors, not divided, are averaged over images."""
+    shares = [number / sum(images) for number in images]
     return Losses(
         torch.stack([p.total for p in parts]).sum(),
         {
-            name: torch.stack([p.parts[name] for p in parts]).sum() / (len(parts) if "error" in name else 1)
+            name: torch.stack(
+                [p.parts[name] * (share if "error" in name else 1) for p, share in zip(parts, shares, strict=True)]
+            ).sum()
             for name in parts[0].parts
         },
     )

@@ -29,6 +29,7 @@ HARMLESS = {  # settings that may change between two halves of a run, whole sect
         "data.val_limit",
         "data.validate_on_train",
         "data.bad_images",
+        "data.max_batch_pixels",
         "data.workers",
         "data.shapes_dir",
     ),

@@ -18,7 +18,7 @@ from detr_fabric.data import images as image_files
 from detr_fabric.data.annotations import read_annotations
 from detr_fabric.data.coco import IN_A_ROW, CocoDetection
 from detr_fabric.data.loader import EvalLoader
-from detr_fabric.data.transforms import train_transform
+from detr_fabric.data.transforms import TrainTransform
 from detr_fabric.errors import UserError
 from detr_fabric.evaluate import Settings
 from detr_fabric.scorecard import evaluate_checkpoint
@@ -42,7 +42,7 @@ def skipping(tmp_path_factory: pytest.TempPathFactory) -> CocoDetection:
     folder = tmp_path_factory.mktemp("coco")
     annotations = read_annotations(write_json(folder / "instances.json", content()))
     damage(write_images(folder / "images", content()), BAD)
-    transform = train_transform((20, 24, 28, 32), 64, 0.5, crop=True)
+    transform = TrainTransform((20, 24, 28, 32), 64, 0.5, crop=True)
     return CocoDetection(folder / "images", annotations, transform, seed=7, bad_images="next")
 
 
@@ -92,7 +92,7 @@ def test_in_evaluation_a_bad_image_is_a_blank_under_its_own_id(skipping: CocoDet
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_where_nothing_can_be_read_skipping_ends(tmp_path: Path, count: int) -> None:
     annotations = read_annotations(write_json(tmp_path / "instances.json", content(count)))
-    data = CocoDetection(tmp_path / "gone", annotations, train_transform((20,), 64, 0, crop=False), 7, "next")
+    data = CocoDetection(tmp_path / "gone", annotations, TrainTransform((20,), 64, 0, crop=False), 7, "next")
     with pytest.raises(UserError, match=f"image {count - 1}: .* does not exist.* check the folder {data.folder}"):
         data[(0, count - 1)]
     assert IN_A_ROW < 40

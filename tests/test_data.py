@@ -24,7 +24,7 @@ from detr_fabric.data import images as image_files
 from detr_fabric.data.annotations import read_annotations
 from detr_fabric.data.coco import CocoDetection
 from detr_fabric.data.loader import build_datasets, build_validation
-from detr_fabric.data.transforms import eval_transform, train_transform
+from detr_fabric.data.transforms import EvalTransform, TrainTransform
 from detr_fabric.errors import UserError
 from detr_fabric.scoring import Backend, Detections, Scores, score
 from detr_fabric.train import main
@@ -33,7 +33,7 @@ from detr_fabric.train import main
 def dataset(folder: Path, content: dict[str, Any], scale: int = 30) -> CocoDetection:
     """The data set of `content` with images of noise, at evaluation scale."""
     annotations = read_annotations(write_json(folder / "instances.json", content))
-    return CocoDetection(write_images(folder / "images", content), annotations, eval_transform(scale, 1333), seed=0)
+    return CocoDetection(write_images(folder / "images", content), annotations, EvalTransform(scale, 1333), seed=0)
 
 
 def resolved(**settings: Any) -> DataConfig:
@@ -155,7 +155,7 @@ def test_targets_carry_the_data_sets_own_image_id(tmp_path: Path) -> None:
 
 def test_augmentation_depends_on_seed_epoch_and_index_only(tmp_path: Path) -> None:
     data = dataset(tmp_path, coco([image(n) for n in range(3)], [thing(1, 0)]))
-    data.transform = train_transform((20, 25, 30, 35, 40), 100, 0.5, crop=True)
+    data.transform = TrainTransform((20, 25, 30, 35, 40), 100, 0.5, crop=True)
     first = data[(4, 0)]
     data[(5, 2)]
     random.seed(3)
@@ -201,7 +201,7 @@ STRANGE: dict[str, Any] = {  # a change of nothing but what is written in the fi
 def scores_of(folder: Path, content: dict[str, Any]) -> list[Scores]:
     """Scores, by both libraries, of detections that are the objects, some moved, some of another class, some missed."""
     annotations = read_annotations(write_json(folder / "instances.json", content))
-    data = CocoDetection(folder, annotations, eval_transform(30, 1333), seed=0)
+    data = CocoDetection(folder, annotations, EvalTransform(30, 1333), seed=0)
     rng = np.random.default_rng(0)
     detections = []
     for index, image_id in enumerate(data.image_ids):
@@ -299,8 +299,8 @@ def test_a_root_in_cocos_layout_is_read(tmp_path: Path) -> None:
     train, val = build_datasets(resolved(root=str(write_root(tmp_path, several(6), several(4)))), seed=0)
     assert (len(train), len(val)) == (6, 4)
     assert min(val[(0, 0)][0].shape[-2:]) == 800
-    assert val.transform.keywords == {"scale": 800, "max_size": 1333}
-    assert train.transform.keywords["crop"] is True
+    assert val.transform == EvalTransform(800, 1333)
+    assert isinstance(train.transform, TrainTransform) and train.transform.crop
 
 
 def test_explicit_paths_override_the_root_one_by_one(tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_validate_on_train_evaluates_the_same_images(tmp_path: Path) -> None:
     root = write_root(tmp_path, several(8), several(2))
     train, val = build_datasets(resolved(root=str(root), train_limit=3, validate_on_train=True), seed=0)
     assert val.image_ids == train.image_ids == [1, 3, 5]
-    assert "scale" in val.transform.keywords
+    assert isinstance(val.transform, EvalTransform)
     shutil.rmtree(root / "val2017")
     assert len(build_validation(resolved(root=str(root), validate_on_train=True), train.categories, 0)) == 8
 

@@ -24,7 +24,7 @@ from detr_fabric.data.annotations import Annotations, read_annotations
 from detr_fabric.data.categories import Categories
 from detr_fabric.data.coco import CocoDetection
 from detr_fabric.data.loader import build_datasets
-from detr_fabric.data.transforms import eval_transform
+from detr_fabric.data.transforms import EvalTransform
 from detr_fabric.errors import UserError
 from detr_fabric.scoring import Detections, score
 
@@ -95,7 +95,7 @@ def objects(annotations: Annotations) -> dict[str, list[tuple[str, bool, list[fl
 def statistics(annotations: Annotations, folder: Path) -> dict[str, float]:
     """The scores of made-up detections, which are near the true objects of COCO, or not."""
     rng = np.random.default_rng(0)
-    dataset = CocoDetection(folder, annotations, eval_transform(800, 1333), 0)
+    dataset = CocoDetection(folder, annotations, EvalTransform(800, 1333), 0)
     by_name = {annotations.categories.name(label): label for label in annotations.categories.labels.values()}
     found = []
     for index, (file, rows) in enumerate(sorted(objects(annotations).items())):
@@ -402,7 +402,7 @@ def test_difficult_objects_are_neither_trained_on_nor_missed(tmp_path: Path) -> 
     content = coco([image(1)], [thing(1, 1), thing(2, 1, box=[1, 1, 5, 5], iscrowd=1)])
     write_root(tmp_path, content, content)
     found = read_annotations(write_voc(tmp_path / "voc", content))
-    dataset = CocoDetection(tmp_path / "train2017", found, eval_transform(64, 64), 0)
+    dataset = CocoDetection(tmp_path / "train2017", found, EvalTransform(64, 64), 0)
     assert len(dataset.load(0)[1]) == 1
     right = Detections("1", torch.tensor([0.9]), torch.tensor([0]), torch.tensor([[10.0, 5, 30, 15]]))
     assert score(dataset.ground_truth(), ["1"], [right], "pycocotools").stats["AP"] == pytest.approx(1)

@@ -19,7 +19,7 @@ from detr_fabric.data import images as image_files
 from detr_fabric.data.annotations import read_annotations
 from detr_fabric.data.coco import CocoDetection
 from detr_fabric.data.loader import EvalLoader, MicroBatch, TrainLoader
-from detr_fabric.data.transforms import eval_transform, train_transform
+from detr_fabric.data.transforms import EvalTransform, TrainTransform
 from detr_fabric.errors import UserError
 
 
@@ -30,7 +30,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoDetection:
     images = [image(n, width=40 + n, height=30 + 2 * n) for n in range(22)]
     content = coco(images, [thing(n, n, category=1 + n % 2) for n in range(0, 22, 2)])
     annotations = read_annotations(write_json(folder / "instances.json", content))
-    transform = train_transform((20, 24, 28, 32), 64, 0.5, crop=True)
+    transform = TrainTransform((20, 24, 28, 32), 64, 0.5, crop=True)
     return CocoDetection(write_images(folder / "images", content), annotations, transform, seed=7)
 
 
@@ -169,7 +169,7 @@ def broken(dataset: CocoDetection, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         os.symlink(path, tmp_path / path.name)
     (tmp_path / "13.png").unlink()
     (tmp_path / "13.png").write_bytes(b"")
-    return CocoDetection(tmp_path, dataset.annotations, eval_transform(20, 64), seed=0)
+    return CocoDetection(tmp_path, dataset.annotations, EvalTransform(20, 64), seed=0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -30,7 +30,7 @@ from detr_fabric.data.coco import CocoDetection
 from detr_fabric.data.images import to_tensor
 from detr_fabric.data.loader import EvalLoader
 from detr_fabric.data.paths import ImageFile, find_images, image_ids
-from detr_fabric.data.transforms import eval_transform, resize
+from detr_fabric.data.transforms import EvalTransform, resize
 from detr_fabric.detector import Found
 from detr_fabric.errors import UserError
 from detr_fabric.evaluation import detect
@@ -104,7 +104,7 @@ def compare_with_evaluation(
 ) -> None:
     """12 images under a random model, by prediction and by evaluation; padding: how far it may move scores."""
     file = write_checkpoint(tmp_path / "last.ckpt", annotations.categories)
-    dataset = CocoDetection(folder, annotations, eval_transform(64, 100), 0)
+    dataset = CocoDetection(folder, annotations, EvalTransform(64, 100), 0)
     loader = EvalLoader(dataset, 1, rank=0, world=1, workers=0, pad_multiple=1, pin_memory=False)
     detector = load(file, "cpu")
     expected = []

@@ -21,7 +21,7 @@ from detr_fabric.benchmark.measure import Call, Part, interleaved, rows
 from detr_fabric.config import COCO_SCALES
 from detr_fabric.data.annotations import clip_boxes
 from detr_fabric.data.coco import CocoDetection, read_annotations
-from detr_fabric.data.transforms import CROP_SCALES, CROP_SIDES, eval_transform, resized_size, train_transform
+from detr_fabric.data.transforms import CROP_SCALES, CROP_SIDES, EvalTransform, TrainTransform, resized_size
 from detr_fabric.errors import UserError
 
 BATCH, MAX_SIZE, SEED = 4, 1333, 0
@@ -43,8 +43,8 @@ def measure(device: torch.device, quick: bool, root: Path | None = None) -> Part
             root = Path(folder)
             write_images(root, count)
         for case, transform, augment in (
-            ("training", train_transform(COCO_SCALES, MAX_SIZE, 0.5, True), augment_classic),
-            ("evaluation", eval_transform(COCO_SCALES[-1], MAX_SIZE), resize_classic),
+            ("training", TrainTransform(COCO_SCALES, MAX_SIZE, 0.5, True), augment_classic),
+            ("evaluation", EvalTransform(COCO_SCALES[-1], MAX_SIZE), resize_classic),
         ):
             file = root / "annotations" / "instances_train2017.json"
             annotations = read_annotations(file).first(count, with_objects=True)

@@ -64,8 +64,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
         Raises UserError where `bad_images` says stop, or for IN_A_ROW bad ones.
         """
-        epoch, index = sample
-        rng = random.Random(f"{self.seed}-{epoch}-{index}")
+        _, index = sample
+        rng = self._rng(sample)
         fault = None
         try:
             image, boxes, labels = self.load(index)
@@ -88,6 +88,15 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             fault=fault,
         )
         return image, target
+
+    def shape(self, sample: Sample) -> tuple[int, int]:
+        """(height, width) of the sample, without reading its file; (0, 0) where the annotations give no size."""
+        height, width = self.annotations.sizes[sample[1]].tolist()
+        return self.transform.size(height, width, self._rng(sample)) if height and width else (0, 0)
+
+    def _rng(self, sample: Sample) -> random.Random:
+        epoch, index = sample
+        return random.Random(f"{self.seed}-{epoch}-{index}")
 
     def _next_readable(self, index: int, error: UserError) -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
         """The first image after `index` that can be read, with its index."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +19,17 @@ from detr_fabric.data import sampler, shapes
 from detr_fabric.data.coco import Annotations, Categories, CocoDetection, read_annotations
 from detr_fabric.data.foreign import Matched, match_by_name
 from detr_fabric.data.layouts import root_paths
+from detr_fabric.data.padding import Padding, padding_of, passes
 from detr_fabric.data.sampler import Sample
 from detr_fabric.data.split import split
-from detr_fabric.data.transforms import eval_transform, train_transform
+from detr_fabric.data.transforms import EvalTransform, TrainTransform
 from detr_fabric.errors import UserError
 
 MicroBatch = tuple[ImageBatch, list[Target]]
 _Packed = tuple[np.ndarray, np.ndarray, tuple[Any, ...]]  # labels, boxes, and the rest of a Target
 
 PREFETCH = 2  # batches that each worker loads ahead
+ESTIMATED = 4096  # images from which the share of padding is estimated
 WORKER_TIMEOUT = 600  # seconds for one batch before a hanging file system is reported
 
 
@@ -47,29 +50,57 @@ class TrainLoader:
         workers: int,
         pad_multiple: int,
         pin_memory: bool,
+        group_by_shape: bool = False,
+        max_batch_pixels: int | None = None,
     ) -> None:
-        """Raises UserError when the data set does not fill one global batch."""
+        """group_by_shape, max_batch_pixels: as in config.DataConfig. Raises UserError when the data set does not fill
+        one global batch."""
         self.steps_per_epoch = sampler.steps_per_epoch(len(dataset), batch_size, accumulate, world)
         self.global_batch = world * accumulate * batch_size
-        self.num_images = len(dataset)
+        self.dataset = dataset
         self.batch_size = batch_size
         self.accumulate = accumulate
         self.seed = seed
         self.rank = rank
         self.world = world
-        self.batches = _BatchStream(dataset, workers, pad_multiple, pin_memory)
+        self.pad_multiple = pad_multiple
+        self.group_by_shape = group_by_shape
+        self.max_batch_pixels = max_batch_pixels
+        self.batches = _BatchStream(dataset, workers, pad_multiple, pin_memory, max_batch_pixels)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[list[MicroBatch]]:
-        """The optimizer steps of an epoch, `accumulate` micro-batches each; the first `skip` are left out unread.
+        """The optimizer steps of an epoch, `accumulate` micro-batches each, and more where one is too large; the first
+        `skip` are left out unread.
 
         One pass at a time: a new one ends the last.
         """
+        num_images = len(self.dataset)
+        shapes = None
+        if self.group_by_shape:
+            shapes = {index: self.dataset.shape((epoch, index)) for index in range(num_images)}
         steps = sampler.step_batches(
-            self.num_images, self.seed, epoch, self.batch_size, self.accumulate, self.rank, self.world, skip
+            num_images, self.seed, epoch, self.batch_size, self.accumulate, self.rank, self.world, skip, shapes
         )
         stream = self.batches.read([micro_batch for step in steps for micro_batch in step])
         for _ in steps:
-            yield [next(stream) for _ in range(self.accumulate)]
+            yield [part for _ in range(self.accumulate) for part in next(stream)]
+
+    def padding(self, group_by_shape: bool) -> Padding | None:
+        """Of the first epoch, with or without grouping; estimated from part of the images, of which none is read. None
+        where the annotations hardly give sizes."""
+        data = self.dataset
+        known = np.flatnonzero((data.annotations.sizes > 0).all(1)).tolist()
+        if 2 * len(known) < len(data):
+            return None
+        shapes = [data.shape((0, index)) for index in known[:: -(-len(known) // ESTIMATED)]]
+        global_batch = min(self.global_batch, len(shapes))
+        order = sampler.epoch_order(len(shapes), self.seed, 0)[: len(shapes) // global_batch * global_batch]
+        if group_by_shape:
+            by_image = dict(enumerate(shapes))
+            order = sampler.like_shapes_together(order, by_image, global_batch, random.Random(self.seed))
+        starts = range(0, len(order), self.batch_size)
+        batches = [[shapes[index] for index in order[start : start + self.batch_size]] for start in starts]
+        return padding_of(batches, self.max_batch_pixels, self.pad_multiple)
 
 
 class EvalLoader:
@@ -93,18 +124,26 @@ class EvalLoader:
         return len(self.order)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return self.batches.read(self.order)
+        for parts in self.batches.read(self.order):
+            yield from parts
 
 
 class _BatchStream:
     """Loads lists of samples in order, in processes that stay alive between calls of read."""
 
-    def __init__(self, dataset: CocoDetection, workers: int, pad_multiple: int, pin_memory: bool) -> None:
+    def __init__(
+        self,
+        dataset: CocoDetection,
+        workers: int,
+        pad_multiple: int,
+        pin_memory: bool,
+        max_batch_pixels: int | None = None,
+    ) -> None:
         self.dataset = dataset
         self.order = _Order()
         self.in_flight = max(1, PREFETCH * workers)
         self.loader = DataLoader(
-            _Batches(dataset, pad_multiple),
+            _Batches(dataset, pad_multiple, max_batch_pixels),
             batch_size=None,  # an item is a whole batch already
             sampler=self.order,
             num_workers=workers,
@@ -117,8 +156,11 @@ class _BatchStream:
             pin_memory=pin_memory,
         )
 
-    def read(self, order: list[list[Sample]]) -> Iterator[MicroBatch]:
-        """The batches of `order`. Raises UserError for a bad file, or for a worker that died or hangs."""
+    def read(self, order: list[list[Sample]]) -> Iterator[list[MicroBatch]]:
+        """The batches of `order`, each in one part or, where it is too large, in several.
+
+        Raises UserError for a bad file, or for a worker that died or hangs.
+        """
         self.order.batches = order
         results = iter(self.loader)
         for position in range(len(order)):
@@ -130,8 +172,7 @@ class _BatchStream:
                 raise
             if isinstance(result, UserError):
                 raise result
-            images, targets = result
-            yield images, [_unpacked(target) for target in targets]
+            yield [(images, [_unpacked(target) for target in targets]) for images, targets in result]
 
     def _lost(self, reason: str, batches: list[list[Sample]]) -> UserError:
         ids = [str(self.dataset.annotations.image_ids[index]) for samples in batches for _, index in samples]
@@ -154,21 +195,26 @@ class _Order:
 
 
 class _Batches(Dataset[Any]):
-    """A list of samples → one padded batch and its packed targets.
+    """A list of samples → one padded batch and its packed targets, or several of at most max_batch_pixels.
 
     A UserError is returned, not raised: DataLoader would bury its sentence in the worker's traceback.
     """
 
-    def __init__(self, dataset: CocoDetection, pad_multiple: int) -> None:
+    def __init__(self, dataset: CocoDetection, pad_multiple: int, max_batch_pixels: int | None) -> None:
         self.dataset = dataset
         self.pad_multiple = pad_multiple
+        self.max_batch_pixels = max_batch_pixels
 
-    def __getitem__(self, samples: list[Sample]) -> tuple[ImageBatch, list[_Packed]] | UserError:
+    def __getitem__(self, samples: list[Sample]) -> list[tuple[ImageBatch, list[_Packed]]] | UserError:
         try:
             images, targets = zip(*[self.dataset[sample] for sample in samples], strict=True)
         except UserError as error:
             return error
-        return pad_images(list(images), self.pad_multiple), [_packed(target) for target in targets]
+        parts = passes([target.size for target in targets], self.max_batch_pixels, self.pad_multiple)
+        return [
+            (pad_images([images[p] for p in part], self.pad_multiple), [_packed(targets[p]) for p in part])
+            for part in parts
+        ]
 
 
 def _packed(target: Target) -> _Packed:
@@ -206,7 +252,7 @@ def build_datasets(data: DataConfig, seed: int) -> tuple[CocoDetection, CocoDete
     if data.val_fraction is not None:
         annotations, _ = split(annotations, data.val_fraction)
     annotations = annotations.first(data.train_limit, with_objects=True)
-    augment = train_transform(data.scales, data.max_size, data.flip, data.crop)
+    augment = TrainTransform(data.scales, data.max_size, data.flip, data.crop)
     train = CocoDetection(images, annotations, augment, seed, "next" if data.bad_images == "skip" else "stop")
     return train, build_validation(data, train.categories, seed)
 
@@ -237,7 +283,7 @@ def _validation(data: DataConfig, images: Path, annotations: Annotations, seed: 
     if data.validate_on_train:
         annotations = annotations.first(data.train_limit, with_objects=True)
     annotations = annotations.first(data.val_limit, with_objects=False)
-    transform = eval_transform(data.scales[-1], data.max_size)
+    transform = EvalTransform(data.scales[-1], data.max_size)
     return CocoDetection(images, annotations, transform, seed, "blank" if data.bad_images == "skip" else "stop")
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 
 from detr_fabric.data.annotations import Annotations, leaves_image
+from detr_fabric.data.padding import Padding
 from detr_fabric.data.repair import Finding
 
 SMALL, LARGE = 32**2, 96**2  # COCO's limits between small, medium and large areas
@@ -53,6 +54,26 @@ def summary(data: Annotations, queries: int) -> str:
         ((data.sizes == 0).any(1).sum(), "images of unknown size, to which boxes are clipped only when they are read"),
     ]
     return ", ".join([f"{counts.sum():,} objects", *(f"{number:,} {what}" for number, what in odd if number)])
+
+
+def padding_summary(padding: Padding | None, otherwise: Padding | None, grouped: bool, limit: int | None) -> str:
+    """How much of the training batches is padding and what lowers it, in one line.
+
+    otherwise: if they were grouped by shape, or not where they are (`grouped`); limit: data.max_batch_pixels.
+    """
+    if padding is None or otherwise is None:
+        return "unknown, for the annotations hardly give the sizes of images"
+    text = f"about {padding.share:.0%} of the pixels of training batches"
+    if limit is not None:
+        text += f", of which {padding.divided:.0%} take several passes (--data.max-batch-pixels)"
+    if grouped:
+        return f"{text}; {otherwise.share:.0%} without --data.group-by-shape"
+    if padding.share - otherwise.share < 0.02:
+        return text
+    return (
+        f"{text}; {otherwise.share:.0%} with --data.group-by-shape, less also with a smaller --train.batch-size and "
+        "more --train.accumulate"
+    )
 
 
 def objects_per_image(data: Annotations) -> np.ndarray:

@@ -6,15 +6,14 @@ Images are (3, H, W) uint8, boxes (N, 4) float32 xyxy in pixels, labels (N,) int
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 Sample = tuple[Tensor, Tensor, Tensor]  # image, boxes, labels
-Transform = Callable[[Tensor, Tensor, Tensor, random.Random], Sample]
 
 CROP_SCALES = (400, 500, 600)  # shorter sides before a crop
 CROP_SIDES = (384, 600)  # smallest and largest side of a crop
@@ -22,42 +21,59 @@ CROP_SIDES = (384, 600)  # smallest and largest side of a crop
 CROP_MAX_SIZE = 20_000
 
 
-def train_transform(scales: tuple[int, ...], max_size: int, flip: float, crop: bool) -> Transform:
+class Transform(Protocol):
+    """What is done to every image."""
+
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor, rng: random.Random) -> Sample: ...
+
+    def size(self, height: int, width: int, rng: random.Random) -> tuple[int, int]:
+        """(height, width) that an image of this size gets with a generator in the same state."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainTransform:
     """The original's training augmentation: flip, then resize to a random scale; with `crop` half of the images are
     first resized to 400, 500 or 600 and cropped to sides of 384 to 600 pixels."""
-    return partial(_augment, scales=scales, max_size=max_size, flip=flip, crop=crop)
+
+    scales: tuple[int, ...]
+    max_size: int
+    flip: float
+    crop: bool
+
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor, rng: random.Random) -> Sample:
+        if rng.random() < self.flip:
+            image, boxes = hflip(image, boxes)
+        if self.crop and rng.random() >= 0.5:
+            image, boxes = resize(image, boxes, rng.choice(CROP_SCALES), CROP_MAX_SIZE)
+            height, width = image.shape[-2:]
+            image, boxes, labels = crop_region(image, boxes, labels, random_region(height, width, rng))
+        image, boxes = resize(image, boxes, rng.choice(self.scales), self.max_size)
+        return image, boxes, labels
+
+    def size(self, height: int, width: int, rng: random.Random) -> tuple[int, int]:
+        """As in Transform: the same draws in the same order as when it is called."""
+        rng.random()
+        if self.crop and rng.random() >= 0.5:
+            height, width = resized_size(height, width, rng.choice(CROP_SCALES), CROP_MAX_SIZE)
+            _, _, height, width = random_region(height, width, rng)
+        return resized_size(height, width, rng.choice(self.scales), self.max_size)
 
 
-def eval_transform(scale: int, max_size: int) -> Transform:
+@dataclass(frozen=True)
+class EvalTransform:
     """Resize the shorter side to `scale`, the longer one to `max_size` at most; nothing random."""
-    return partial(_resize_only, scale=scale, max_size=max_size)
 
+    scale: int
+    max_size: int
 
-def _augment(
-    image: Tensor,
-    boxes: Tensor,
-    labels: Tensor,
-    rng: random.Random,
-    *,
-    scales: tuple[int, ...],
-    max_size: int,
-    flip: float,
-    crop: bool,
-) -> Sample:
-    if rng.random() < flip:
-        image, boxes = hflip(image, boxes)
-    if crop and rng.random() >= 0.5:
-        image, boxes = resize(image, boxes, rng.choice(CROP_SCALES), CROP_MAX_SIZE)
-        image, boxes, labels = crop_region(image, boxes, labels, random_region(image, rng))
-    image, boxes = resize(image, boxes, rng.choice(scales), max_size)
-    return image, boxes, labels
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor, rng: random.Random) -> Sample:
+        image, boxes = resize(image, boxes, self.scale, self.max_size)
+        return image, boxes, labels
 
-
-def _resize_only(
-    image: Tensor, boxes: Tensor, labels: Tensor, rng: random.Random, *, scale: int, max_size: int
-) -> Sample:
-    image, boxes = resize(image, boxes, scale, max_size)
-    return image, boxes, labels
+    def size(self, height: int, width: int, rng: random.Random) -> tuple[int, int]:
+        """As in Transform."""
+        return resized_size(height, width, self.scale, self.max_size)
 
 
 def hflip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,10 +105,9 @@ def resize(image: Tensor, boxes: Tensor, size: int, max_size: int | None) -> tup
     return image, boxes * boxes.new_tensor([x, y, x, y])
 
 
-def random_region(image: Tensor, rng: random.Random) -> tuple[int, int, int, int]:
-    """A random (top, left, height, width) with sides in CROP_SIDES, inside the image."""
+def random_region(full_height: int, full_width: int, rng: random.Random) -> tuple[int, int, int, int]:
+    """A random (top, left, height, width) with sides in CROP_SIDES, inside an image of that size."""
     low, high = CROP_SIDES
-    full_height, full_width = image.shape[-2:]
     width = rng.randint(min(low, full_width), min(full_width, high))
     height = rng.randint(min(low, full_height), min(full_height, high))
     return rng.randint(0, full_height - height), rng.randint(0, full_width - width), height, width

@@ -1,0 +1,268 @@
+"""Which images share a batch, and what fits into memory: like shapes together, large batches in several passes."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from coco_files import coco, image, thing, write_images, write_json
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detr_fabric.batch import pad_images
+from detr_fabric.benchmark.data import SIZES
+from detr_fabric.config import COCO_SCALES, DataConfig
+from detr_fabric.data.annotations import Annotations, read_annotations
+from detr_fabric.data.categories import Categories
+from detr_fabric.data.coco import CocoDetection
+from detr_fabric.data.loader import TrainLoader
+from detr_fabric.data.padding import padding_of, passes, pixels
+from detr_fabric.data.report import padding_summary
+from detr_fabric.data.sampler import step_batches
+from detr_fabric.data.transforms import EvalTransform, TrainTransform
+from tests.processes import Job, records
+
+Steps = list[list[list[int]]]
+Shapes = dict[int, tuple[int, int]]
+COCO = TrainTransform(COCO_SCALES, 1333, 0.5, crop=True)
+SMALL = ("--preset", "debug", "--train.log-every", "1", "--eval.attention-images", "0", "--data.val-limit", "2")
+MIXED = ("--data.scales", "32", "64", "--data.max-size", "64")  # images of 32 x 32 and of 64 x 64 pixels
+EXACT = ("--model.dropout", "0", "--model.norm", "frozen", "--train.max-steps", "6")
+
+
+def sized(sizes: list[tuple[int, int]], transform: TrainTransform | EvalTransform = COCO) -> CocoDetection:
+    """A data set of which nothing but the sizes is known."""
+    n = len(sizes)
+    none = np.zeros(0)
+    ids, names = np.arange(n), np.full(n, "none.png")
+    table = Annotations(
+        Categories((1,), ("thing",), "contiguous"),
+        ids,
+        names,
+        np.array(sizes).reshape(n, 2),
+        np.zeros(n + 1, dtype=np.int64),
+        none.reshape(0, 4),
+        none,
+        none.astype(bool),
+        none,
+    )
+    return CocoDetection(Path("nowhere"), table, transform, seed=3)
+
+
+def coco_sizes(count: int) -> list[tuple[int, int]]:
+    return [SIZES[number % len(SIZES)] for number in range(count)]
+
+
+def loader(data: CocoDetection, batch: int, accumulate: int = 1, **settings: Any) -> TrainLoader:
+    return TrainLoader(data, batch, accumulate, 7, 0, 1, 0, 1, False, **settings)
+
+
+# ---- images of like shape
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 900), st.integers(1, 900), st.integers(0, 10**6), st.booleans())
+def test_the_shape_of_a_sample_is_known_before_its_image_is_read(h: int, w: int, seed: int, crop: bool) -> None:
+    transform = TrainTransform((16, 24, 40), 64, 0.5, crop)
+    if crop and max(h, w) / min(h, w) > 20:
+        return  # such an image is first resized to thousands of pixels: slow, and nothing else
+    picture = torch.zeros(3, h, w, dtype=torch.uint8)
+    nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    for each in (transform, EvalTransform(40, 64)):
+        found, _, _ = each(picture, *nothing, random.Random(seed))
+        assert each.size(h, w, random.Random(seed)) == tuple(found.shape[-2:])
+
+
+splits = st.tuples(st.integers(1, 8), st.integers(1, 4), st.integers(1, 4))  # batch size, accumulated, ranks
+
+
+def global_steps(shapes: Shapes | None, images: int, split: tuple[int, int, int], skip: int) -> Steps:
+    """[step][rank and micro-batch][image] of all ranks."""
+    batch, accumulate, world = split
+    ranks = [step_batches(images, 3, 5, batch, accumulate, rank, world, skip, shapes) for rank in range(world)]
+    assert len({len(steps) for steps in ranks}) == 1
+    assert all(epoch == 5 for steps in ranks for step in steps for micro in step for epoch, _ in micro)
+    return [
+        [[index for _, index in micro] for steps in ranks for micro in steps[step]] for step in range(len(ranks[0]))
+    ]
+
+
+def contents(steps: Steps) -> list[list[int]]:
+    """The images of each step."""
+    return [sorted(index for micro in step for index in micro) for step in steps]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data(), splits, st.integers(0, 300), st.integers(0, 6))
+def test_grouping_moves_images_between_steps_and_does_nothing_else(
+    data: st.DataObject, split: tuple[int, int, int], more: int, skip: int
+) -> None:
+    batch, accumulate, world = split
+    size = batch * accumulate * world
+    images = size + more
+    side = st.integers(1, 40)
+    some = data.draw(st.lists(st.one_of(st.tuples(side, side), st.just((0, 0))), min_size=1, max_size=20))
+    shapes = {index: some[index % len(some)] for index in range(images)}
+    steps = global_steps(shapes, images, split, 0)
+    plain = global_steps(None, images, split, 0)
+    seen, expected = (sorted(i for step in each for micro in step for i in micro) for each in (steps, plain))
+    assert seen == expected and len(steps) == images // size
+    assert all(len(step) == accumulate * world and {len(micro) for micro in step} == {batch} for step in steps)
+    assert global_steps(shapes, images, split, skip) == steps[skip:]
+    for other in ((size, 1, 1), (1, size, 1), (1, 1, size)):
+        assert contents(global_steps(shapes, images, other, 0)) == contents(steps)
+
+
+def test_the_grouped_order_is_pinned_so_that_runs_can_be_resumed_by_later_versions() -> None:
+    shapes = {index: (10 + index % 3, 20 + 15 * (index % 2)) for index in range(12)}
+    assert global_steps(shapes, 12, (2, 1, 2), 0) == [[[4, 10], [7, 1]], [[3, 9], [11, 5]], [[0, 6], [2, 8]]]
+
+
+@pytest.mark.parametrize("split", [(2, 1, 1), (4, 4, 1), (4, 1, 8), (8, 1, 1)])
+def test_grouping_leaves_less_than_a_third_of_the_padding(split: tuple[int, int, int]) -> None:
+    data = sized(coco_sizes(4096))
+    shapes = {index: data.shape((5, index)) for index in range(len(data))}
+    shares = []
+    for known in (None, shapes):
+        steps = global_steps(known, len(data), split, 0)
+        shares.append(padding_of([[shapes[i] for i in micro] for step in steps for micro in step]).share)
+    assert shares[1] < shares[0] / 3
+
+
+def test_no_rank_gets_the_small_images_again_and_again() -> None:
+    data = sized(coco_sizes(2048))
+    shapes = {index: data.shape((5, index)) for index in range(len(data))}
+    steps = global_steps(shapes, len(data), (4, 1, 4), 0)
+    area = np.array([[pixels([shapes[i] for i in micro]) for micro in step] for step in steps])
+    assert np.ptp(area.mean(0)) < 0.1 * area.mean()
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_the_estimate_agrees_with_the_batches_that_are_loaded(tmp_path: Path, batch: int) -> None:
+    rng = np.random.default_rng(0)
+    sides = rng.integers(20, 60, (96, 2)).tolist()
+    content = coco([image(n, height=h, width=w) for n, (h, w) in enumerate(sides)], [thing(1, 1)])
+    annotations = read_annotations(write_json(tmp_path / "instances.json", content))
+    transform = TrainTransform((20, 24, 28, 32), 64, 0.5, crop=False)
+    data = CocoDetection(write_images(tmp_path / "images", content), annotations, transform, seed=7)
+    for grouped in (False, True):
+        each = loader(data, batch, group_by_shape=grouped)
+        loaded = [part for step in each.epoch(0) for part in step]
+        padded = sum(int(batch.mask.sum()) for batch, _ in loaded) / sum(batch.mask.numel() for batch, _ in loaded)
+        estimate = each.padding(grouped)
+        assert estimate is not None and estimate.share == pytest.approx(padded, abs=0.03)
+
+
+def test_the_estimate_takes_a_moment_at_cocos_size_and_names_the_flag() -> None:
+    data = sized(coco_sizes(118_287))
+    started = time.perf_counter()
+    each = loader(data, 4, 4)
+    now, grouped = each.padding(False), each.padding(True)
+    assert time.perf_counter() - started < 10  # 0.3 s
+    assert now is not None and grouped is not None and 0.28 < now.share < 0.36 and grouped.share < 0.1
+    assert "--data.group-by-shape" in padding_summary(now, grouped, False, None)
+    assert "without --data.group-by-shape" in padding_summary(grouped, now, True, None)
+    assert "--data.max-batch-pixels" in padding_summary(now, grouped, False, 10**7)
+    assert loader(sized([(0, 0)] * 8), 4).padding(False) is None
+
+
+def test_real_sizes_leave_a_third_of_the_padding(coco_mini: Path) -> None:
+    annotations = read_annotations(coco_mini / "annotations" / "instances_train2017.json")
+    data = sized(annotations.sizes.tolist() * 20)
+    plain, grouped = (loader(data, 4, 4).padding(how) for how in (False, True))
+    assert plain is not None and grouped is not None and grouped.share < plain.share / 3
+
+
+# ---- batches of limited size
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=9),
+    st.integers(1, 9000),
+    st.sampled_from([1, 8]),
+)
+def test_passes_hold_every_image_once_and_at_most_so_many_pixels(
+    shapes: list[tuple[int, int]], limit: int, multiple: int
+) -> None:
+    parts = passes(shapes, limit, multiple)
+    assert sorted(position for part in parts for position in part) == list(range(len(shapes)))
+    assert all(len(part) == 1 or pixels([shapes[p] for p in part], multiple) <= limit for part in parts)
+    whole = list(range(len(shapes)))
+    assert (parts == [whole]) == (len(shapes) == 1 or pixels(shapes, multiple) <= limit)
+    assert passes(shapes, None, multiple) == [whole]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_loaded_batch_exceeds_the_limit_and_steps_hold_the_same_images(tmp_path: Path, workers: int) -> None:
+    sides = np.random.default_rng(1).integers(20, 60, (40, 2)).tolist()
+    content = coco([image(n, height=h, width=w) for n, (h, w) in enumerate(sides)], [thing(1, 1)])
+    annotations = read_annotations(write_json(tmp_path / "instances.json", content))
+    transform = TrainTransform((20, 32), 64, 0.5, crop=True)
+    data = CocoDetection(write_images(tmp_path / "images", content), annotations, transform, seed=7)
+    limit = 64 * 32
+    plain = list(loader(data, 4, 2).epoch(1))
+    limited = list(TrainLoader(data, 4, 2, 7, 0, 1, workers, 1, False, max_batch_pixels=limit).epoch(1))
+    assert max(len(step) for step in limited) > 2
+    for whole, parts in zip(plain, limited, strict=True):
+        assert all(batch.mask.numel() <= limit for batch, _ in parts)
+        images = [
+            {
+                target.image_id: picture[:, : target.size[0], : target.size[1]]
+                for batch, targets in step
+                for picture, target in zip(batch.images, targets, strict=True)
+            }
+            for step in (whole, parts)
+        ]
+        assert images[0].keys() == images[1].keys()
+        assert all(torch.equal(picture, images[1][name]) for name, picture in images[0].items())
+        for batch, targets in parts:
+            alone = pad_images([images[1][target.image_id] for target in targets])
+            assert torch.equal(alone.images, batch.images) and torch.equal(alone.mask, batch.mask)
+
+
+def test_a_limit_below_a_single_image_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data.max_batch_pixels is 1000000, .* 1066400 .*: raise it"):
+        DataConfig(root="x", scales=COCO_SCALES, max_size=1333, max_batch_pixels=10**6)
+    with pytest.raises(ValueError, match="1075200"):  # 800 x 1344
+        DataConfig(root="x", scales=(800,), max_size=1333, max_batch_pixels=1_070_000, pad_multiple=32)
+    with pytest.raises(ValueError, match="max_batch_pixels is 0"):
+        DataConfig(max_batch_pixels=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("user")
+
+
+def trained(folder: Path, run: str, *args: str, ranks: int = 1) -> list[float]:
+    """The losses of a run, step by step."""
+    args = (*SMALL, *MIXED, "--train.run-dir", run, *args)
+    job = Job(*args, cwd=folder, ranks=ranks, XDG_CACHE_HOME=str(folder / "cache"))
+    assert job.wait() == [0] * ranks, job.text()
+    return [record["train/loss"] for record in records(folder / run) if "train/loss" in record]
+
+
+def test_ranks_with_unequally_many_passes_train_like_one_image_at_a_time(folder: Path) -> None:
+    """With this limit a pass has images of one size: no padding, so the reference is one image a pass."""
+    one_by_one = trained(folder, "ones", *EXACT, "--train.batch-size", "1", "--train.accumulate", "8")
+    limited = ("--data.max-batch-pixels", "4096", "--train.batch-size", "4")
+    two = trained(folder, "two", *EXACT, *limited, ranks=2)
+    assert len(two) == 6 and two == pytest.approx(one_by_one, rel=1e-5)
+    before, after = (torch.load(folder / run / "last.ckpt", weights_only=True)["model"] for run in ("ones", "two"))
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=2e-5, msg=name)
+
+
+def test_grouped_and_limited_batches_resume_inside_an_epoch_bit_for_bit(folder: Path) -> None:
+    """With trained batch norm, whose statistics rank 0 hands to the others."""
+    args = ("--data.group-by-shape", "--data.max-batch-pixels", "8192", "--train.batch-size", "4")
+    whole = trained(folder, "whole", *args, "--train.max-steps", "6", ranks=2)
+    cut = trained(folder, "cut", *args, "--train.max-steps", "3", ranks=2)
+    again = trained(folder, "cut", *args, "--train.max-steps", "6", ranks=2)
+    assert cut == whole[:3] and again == whole
