@@ -342,7 +342,7 @@ class EvalConfig:
     every: int = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""
     batch_size: int = 1
-    """Images per rank and forward pass; 1, without padding, is the reference."""
+    """Images per rank and forward pass, of like shape; 1, without padding, is the reference."""
     backend: Literal["faster-coco-eval", "pycocotools"] = "faster-coco-eval"
     """Library that scores; both give the same numbers."""
     attention_images: int = 16

@@ -84,6 +84,7 @@ def test_batches_are_the_same_for_any_workers_ranks_and_skipped_steps(skipping: 
 def test_in_evaluation_a_bad_image_is_a_blank_under_its_own_id(skipping: CocoDetection, workers: int) -> None:
     blank = CocoDetection(skipping.folder, skipping.annotations, skipping.transform, 7, bad_images="blank")
     targets = [target for _, part in EvalLoader(blank, 5, 0, 1, workers, 1, False) for target in part]
+    targets.sort(key=lambda target: target.image_id)
     assert [target.image_id for target in targets] == list(range(IMAGES))
     assert [number for number, target in enumerate(targets) if target.fault is not None] == list(BAD)
     assert all(len(target.labels) == 0 for target in targets if target.fault is not None)

@@ -13,6 +13,7 @@ import torch
 from coco_files import coco, image, thing, write_images, write_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning_fabric import Fabric
 
 from detr_fabric.batch import pad_images
 from detr_fabric.benchmark.data import SIZES
@@ -20,12 +21,14 @@ from detr_fabric.config import COCO_SCALES, DataConfig
 from detr_fabric.data.annotations import Annotations, read_annotations
 from detr_fabric.data.categories import Categories
 from detr_fabric.data.coco import CocoDetection
-from detr_fabric.data.loader import TrainLoader
+from detr_fabric.data.loader import EvalLoader, TrainLoader
 from detr_fabric.data.padding import padding_of, passes, pixels
 from detr_fabric.data.report import padding_summary
 from detr_fabric.data.sampler import step_batches
 from detr_fabric.data.transforms import EvalTransform, TrainTransform
+from detr_fabric.evaluation import evaluate
 from tests.processes import Job, records
+from tests.test_model import small_detr
 
 Steps = list[list[list[int]]]
 Shapes = dict[int, tuple[int, int]]
@@ -176,6 +179,53 @@ def test_real_sizes_leave_a_third_of_the_padding(coco_mini: Path) -> None:
     data = sized(annotations.sizes.tolist() * 20)
     plain, grouped = (loader(data, 4, 4).padding(how) for how in (False, True))
     assert plain is not None and grouped is not None and grouped.share < plain.share / 3
+
+
+# ---- evaluation
+
+
+def test_evaluation_in_batches_of_one_shape_finds_what_it_finds_image_by_image(tmp_path: Path) -> None:
+    """Two shapes in turn, six images of each: batches of three need no padding, on one rank and on two."""
+    images = [image(n, width=(48, 64)[n % 2], height=(64, 40)[n % 2]) for n in range(12)]
+    content = coco(images, [thing(n, n, box=(5, 5, 20 + n, 30)) for n in range(12)])
+    annotations = read_annotations(write_json(tmp_path / "instances.json", content))
+    folder = write_images(tmp_path / "images", content)
+    data = CocoDetection(folder, annotations, EvalTransform(40, 64), seed=0)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = fabric.setup_module(small_detr())
+    alone = evaluate(fabric, model, EvalLoader(data, 1, 0, 1, 0, 1, False), data, "pycocotools")
+    batches = EvalLoader(data, 3, 0, 1, 0, 1, False)
+    together = evaluate(fabric, model, batches, data, "pycocotools")
+    assert alone is not None and together is not None
+    assert not any(bool(batch.mask.any()) for batch, _ in batches)
+    assert [found.image_id for found in together.detections] == data.image_ids
+    assert together.stats == pytest.approx(alone.stats, abs=1e-6)
+    for one, other in zip(alone.detections, together.detections, strict=True):
+        torch.testing.assert_close(other.boxes, one.boxes, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(other.scores, one.scores, rtol=1e-4, atol=1e-5)
+    ranks = [EvalLoader(data, 3, rank, 2, 0, 1, False) for rank in (0, 1)]
+    assert not any(bool(batch.mask.any()) for rank in ranks for batch, _ in rank)
+    assert sorted(target.image_id for rank in ranks for _, targets in rank for target in targets) == data.image_ids
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 6))
+def test_evaluation_by_shape_keeps_ranks_even(images: int, batch: int, world: int) -> None:
+    data = sized([(20 + 7 * n % 30, 20 + 11 * n % 30) for n in range(images)], EvalTransform(32, 64))
+    orders = [EvalLoader(data, batch, rank, world, 0, 1, False).order for rank in range(world)]
+    assert len({tuple(map(len, order)) for order in orders}) == 1
+    assert {index for order in orders for samples in order for _, index in samples} == set(range(images))
+
+
+@pytest.mark.parametrize(("batch", "world"), [(4, 1), (8, 1), (4, 2)])
+def test_evaluation_by_shape_leaves_a_third_of_the_padding(coco_mini: Path, batch: int, world: int) -> None:
+    annotations = read_annotations(coco_mini / "annotations" / "instances_val2017.json")
+    data = sized(annotations.sizes.tolist(), EvalTransform(800, 1333))
+    shapes = [data.shape((0, index)) for index in range(len(data))]
+    plain = padding_of([shapes[start : start + batch] for start in range(0, len(shapes), batch)])
+    orders = [EvalLoader(data, batch, rank, world, 0, 1, False).order for rank in range(world)]
+    by_shape = padding_of([[shapes[index] for _, index in samples] for order in orders for samples in order])
+    assert by_shape.share < plain.share / 3
 
 
 # ---- batches of limited size

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detr_fabric.data.sampler import shard, step_batches, steps_per_epoch
+from detr_fabric.data.sampler import eval_batches, step_batches, steps_per_epoch
 from detr_fabric.errors import UserError
 
 
@@ -68,14 +68,18 @@ def test_too_few_images_name_the_numbers_and_the_flag() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 50), st.integers(1, 9))
-def test_shards_cover_everything_and_are_equally_long(images: int, world: int) -> None:
-    shards = [shard(images, rank, world) for rank in range(world)]
-    assert len({len(part) for part in shards}) == 1
-    everything = [index for part in shards for index in part]
-    assert set(everything) == set(range(images))
+@given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 6))
+def test_ranks_evaluate_everything_in_equal_shares(images: int, world: int, batch: int) -> None:
+    order = [3 * index for index in range(images)]
+    ranks = [eval_batches(order, batch, rank, world) for rank in range(world)]
+    assert len({tuple(map(len, batches)) for batches in ranks}) == 1
+    assert all(len(samples) == batch for batches in ranks for samples in batches[:-1])
+    everything = [index for batches in ranks for samples in batches for index in samples]
+    assert set(everything) == set(order)
     assert len(everything) - images < world
+    in_turn = [index for batches in zip(*ranks, strict=True) for samples in batches for index in samples]
+    assert in_turn == sorted(in_turn)  # neighbours stay together
 
 
-def test_an_empty_data_set_has_empty_shards() -> None:
-    assert shard(0, 1, 2) == []
+def test_an_empty_data_set_is_evaluated_at_once() -> None:
+    assert eval_batches([], 4, 1, 2) == []

@@ -104,7 +104,11 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """This rank's share of a data set in order; all ranks have equally many images, so a few may come twice."""
+    """This rank's share of a data set; all ranks have equally many images, so a few may come twice.
+
+    In the data set's order one by one, in batches by shape, so that little is padded: what padding does to the features
+    beside it is also what makes results depend on the size of a batch.
+    """
 
     def __init__(
         self,
@@ -116,8 +120,11 @@ class EvalLoader:
         pad_multiple: int,
         pin_memory: bool,
     ) -> None:
-        samples = [(0, index) for index in sampler.shard(len(dataset), rank, world)]
-        self.order = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+        order = list(range(len(dataset)))
+        if batch_size > 1:
+            order.sort(key=lambda index: dataset.shape((0, index)))  # one side is nearly always the same
+        batches = sampler.eval_batches(order, batch_size, rank, world)
+        self.order = [[(0, index) for index in batch] for batch in batches]
         self.batches = _BatchStream(dataset, workers, pad_multiple, pin_memory)
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from detr_fabric.data.padding import Shape, likeness
 from detr_fabric.errors import UserError
@@ -89,10 +89,16 @@ def like_shapes_together(
     return grouped
 
 
-def shard(num_images: int, rank: int, world: int) -> list[int]:
-    """Images that a rank evaluates: every world-th one, equally many on every rank.
+def eval_batches(order: Sequence[int], batch_size: int, rank: int, world: int) -> list[list[int]]:
+    """The batches that a rank evaluates, equally many of the same sizes on every rank: the ranks take neighbouring
+    batches in turn.
 
-    Where world does not divide num_images the first images are repeated; duplicates are dropped by image id later.
+    Where world does not divide the images the last one is repeated; duplicates are dropped by image id later.
     """
-    per_rank = -(-num_images // world)
-    return [(rank + step * world) % num_images for step in range(per_rank)]
+    per_rank = -(-len(order) // world)
+    batches = []
+    for start in range(0, per_rank, batch_size):
+        size = min(batch_size, per_rank - start)
+        first = start * world + rank * size
+        batches.append([order[min(place, len(order) - 1)] for place in range(first, first + size)])
+    return batches
