@@ -295,6 +295,9 @@ class TrainConfig:
     """Device type."""
     devices: int | None = None
     """Processes on this machine, one device each. Unset: 1; under torchrun or SLURM: as launched."""
+    preflight: bool | None = None
+    """Before the first step, take the largest batch that can come forward and backward, to see whether it fits into
+    memory, and which one does. Nothing else changes. Unset: on a GPU, yes."""
     compile: bool = False
     """torch.compile the model: minutes at the start, faster steps. Sizes of images that vary are compiled once."""
     seed: int = 42

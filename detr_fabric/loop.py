@@ -34,6 +34,7 @@ from detr_fabric.memory import within_memory
 from detr_fabric.model.detr import build_model
 from detr_fabric.nonfinite import BatchStatistics, drop_step, is_overflow
 from detr_fabric.optimizer import build_optimizer, build_scheduler
+from detr_fabric.preflight import preflight
 from detr_fabric.recorder import Recorder, count_parameters
 from detr_fabric.resume import Saver, State, checkpoint_exists, read_checkpoint, restore_optimizer, restore_state
 from detr_fabric.signals import Preempted, Preemption, leave_marker
@@ -132,6 +133,8 @@ def setup(cfg: Config) -> Run:
     model, optimizer = fabric.setup(model, optimizer)
     if resuming:
         restore_optimizer(content, source, fabric, optimizer, scheduler, position)
+    if fabric.device.type == "cuda" if train.preflight is None else train.preflight:
+        notes.append(preflight(cfg, fabric, model, criterion, optimizer, train_set.annotations.sizes))
     settle_reduction_order(fabric, model)
     return Run(
         cfg,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import torch
 
@@ -30,6 +31,11 @@ def whole_memory(device: torch.device) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
+def is_exhausted(error: RuntimeError) -> bool:
+    """Whether it means that there is no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in SIGNS)
+
+
 @contextmanager
 def within_memory(
     cfg: Config, device: torch.device, micro_batches: Sequence[tuple[ImageBatch, list[Target]]], step: int
@@ -38,7 +44,7 @@ def within_memory(
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in SIGNS):
+        if not is_exhausted(error):
             raise
         batch, targets = max(micro_batches, key=lambda micro_batch: micro_batch[0].images.numel())
         count, _, height, width = batch.images.shape
@@ -50,14 +56,24 @@ def within_memory(
         ) from error
 
 
-def advice(cfg: Config) -> str:
-    """The flags that save memory, those that leave the result as it is first."""
+def advice(cfg: Config, fitting: int | None = None, max_pixels: int | None = None) -> str:
+    """The flags that save memory, those that leave the result as it is first.
+
+    fitting: the largest batch that is known to fit, of so many pixels; None: in the middle of a run nobody knows, so
+    half is advised, and that other results take another flag.
+    """
     size, pieces = cfg.train.batch_size, cfg.train.accumulate
+    limit = size // 2 if fitting is None else fitting
     ways = []
-    if size > 1:
-        factor = next(n for n in range(2, size + 1) if size % n == 0)
-        ways.append(f"--train.batch-size {size // factor} --train.accumulate {pieces * factor} (same images a step)")
+    if limit > 0:
+        smaller = max(n for n in range(1, limit + 1) if size * pieces % n == 0)
+        ways.append(f"--train.batch-size {smaller} --train.accumulate {size * pieces // smaller} (same images a step)")
+    if limit > 0 and max_pixels is not None:
+        with suppress(ValueError):  # less than a single image can have
+            replace(cfg.data, max_batch_pixels=max_pixels)
+            ways.append(f"--data.max-batch-pixels {max_pixels} (divides the largest batches only)")
     if not cfg.model.gradient_checkpointing:
         ways.append("--model.gradient-checkpointing (same gradients, slower)")
-    ways.append(f"a --data.max-size below {cfg.data.max_size} (another result: --train.allow-config-change)")
+    effect = " (another result: --train.allow-config-change)" if fitting is None else " (another result)"
+    ways.append(f"a --data.max-size below {cfg.data.max_size}{effect}")
     return ", or ".join(ways)

@@ -45,6 +45,7 @@ HARMLESS = {  # settings that may change between two halves of a run, whole sect
         "train.requeue",
         "train.allow_config_change",
         "train.compile",
+        "train.preflight",
     ),
 }
 GLOBAL_BATCH = {"train.batch_size", "train.accumulate"}  # harmless while their product with the ranks stays the same
