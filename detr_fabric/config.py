@@ -67,7 +67,7 @@ class DataConfig:
     fewer then has one shape, a larger one mixes several; which images share a step differs from the original's."""
     max_batch_pixels: int | None = None
     """Most pixels of a padded training batch (images x height x width): a larger one goes through the model in several
-    passes of the same step, with the same gradient. Unset: no limit."""
+    passes of the same step, which may hold less padding. Unset: no limit."""
     shapes_dir: str | None = None
     """Folder of the built-in synthetic scenes. Unset: in the user's cache folder."""
     shapes_train: int = 8000
