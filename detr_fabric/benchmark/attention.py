@@ -1,6 +1,6 @@
 """Attention measured, forward and backward: ours beside explicit softmax, PyTorch's kernel and the entmax package.
 
-    python -m detr_fabric.benchmark.attention [--quick]
+`ratio` is to explicit softmax attention, eager (of whole layers: to ours with softmax): 2 means twice its time.
 
 What is timed is the attention of projected heads, queries (B, 8, T, 32) to keys and values (B, 8, S, 32) under a
 padding mask, without the linear layers around it: they are the same for all and would hide differences. On a GPU q, k
@@ -9,7 +9,7 @@ and v are bfloat16, as under autocast, and whole encoder layers are timed too.
 
 from __future__ import annotations
 
-import argparse
+import importlib.util
 import itertools
 import json
 import math
@@ -17,13 +17,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from detr_fabric.benchmark.measure import Call, Part, Row, measuring_clock, synchronize
 from detr_fabric.config import Mapping
 from detr_fabric.model.attention import Attention
 from detr_fabric.model.transformer import EncoderLayer
@@ -43,9 +43,6 @@ OURS: dict[str, tuple[Mapping, float]] = {
     "entmax learned": ("entmax-learned", 1.5),
 }
 BASES = ("explicit softmax", "layer: softmax")
-
-Call = Callable[[], Any]
-Row = dict[str, Any]  # shape, name, device, threads, compiled, ms, ratio (to one of BASES, eager), peak_mb
 
 
 def _explicit(mapping: Callable[[Tensor], Tensor], padding: Tensor) -> Callable[..., Tensor]:
@@ -73,11 +70,9 @@ def _contenders(padding: Tensor) -> dict[str, tuple[Callable[..., Tensor], list[
     }
     for name, (mapping, alpha) in OURS.items():
         every[f"ours: {name}"] = _ours(mapping, alpha, padding)
-    try:
+    if importlib.util.find_spec("entmax"):
         import entmax
-    except ImportError:
-        print("The entmax package is not installed: its rows are left out.")
-    else:
+
         every["package: sparsemax"] = (_explicit(entmax.sparsemax, padding), [])
         every["package: entmax15"] = (_explicit(entmax.entmax15, padding), [])
         every["package: entmax 1.25"] = (_explicit(lambda x: entmax.entmax_bisect(x, 1.25), padding), [])
@@ -131,12 +126,13 @@ def _layer_calls(tokens: int, device: torch.device, compiled: bool) -> dict[str,
 def _best_ms(calls: dict[str, Call], device: torch.device, seconds: float) -> dict[str, float]:
     """Shortest time of each call. They take turns, so that a busy moment of the machine meets all of them."""
 
+    clock = measuring_clock(device)
+
     def once(call: Call) -> float:
-        start = time.perf_counter()
+        start = clock()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        synchronize(device)
+        return clock() - start
 
     for call in calls.values():  # compiles, and warms up
         once(call)
@@ -166,12 +162,13 @@ def _peak_mb(call: Call, device: torch.device) -> float:
     return max(itertools.accumulate(change for _, change in changes)) / 1e6
 
 
-def measure(device: torch.device, quick: bool, seconds: float = 5.0) -> list[Row]:
+def measure(device: torch.device, quick: bool, seconds: float = 5.0) -> Part:
     """One row for each shape, contender, and eager or compiled.
 
     quick: eager only and without the longest shape. seconds: spent on repeats at each shape.
     """
-    rows: list[Row] = []
+    found: list[Row] = []
+    missing = [] if importlib.util.find_spec("entmax") else ["entmax"]
     for compiled in (False,) if quick else (False, True):
         sites: dict[str, dict[str, Call]] = {}
         for shape, (queries, keys) in SHAPES.items():
@@ -181,30 +178,13 @@ def measure(device: torch.device, quick: bool, seconds: float = 5.0) -> list[Row
             sites["encoder layer, 950 tokens"] = _layer_calls(950, device, compiled)
         for shape, calls in sites.items():
             for name, ms in _best_ms(calls, device, seconds).items():
-                row: Row = {"shape": shape, "name": name, "device": device.type, "threads": torch.get_num_threads()}
-                rows.append(row | {"compiled": compiled, "ms": ms, "peak_mb": _peak_mb(calls[name], device)})
-    base = {row["shape"]: row["ms"] for row in rows if row["name"] in BASES and not row["compiled"]}
-    return [row | {"ratio": row["ms"] / base[row["shape"]]} for row in rows]
-
-
-def table(rows: list[Row]) -> str:
-    """The rows for people."""
-    lines = [f"{rows[0]['device']}, {rows[0]['threads']} threads; best of repeats that take turns"]
-    for shape in dict.fromkeys(row["shape"] for row in rows):
-        lines += ["", f"{shape:38s} {'ms':>9s} {'ratio':>7s} {'peak MB':>9s}"]
-        for row in (r for r in rows if r["shape"] == shape):
-            name = row["name"] + (", compiled" if row["compiled"] else "")
-            lines.append(f"  {name:36s} {row['ms']:9.2f} {row['ratio']:7.2f} {row['peak_mb']:9.1f}")
-    return "\n".join([*lines, "", f"ratio: to {' or, where there is none, '.join(BASES)}, eager"])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m detr_fabric.benchmark.attention", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="eager only and without the longest shape")
-    quick = parser.parse_args().quick
-    for name in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        print(table(measure(torch.device(name), quick)))
-
-
-if __name__ == "__main__":
-    main()
+                found.append(
+                    {
+                        "case": shape,
+                        "name": name + ", compiled" * compiled,
+                        "ms": ms,
+                        "peak_mb": _peak_mb(calls[name], device),
+                    }
+                )
+    base = {row["case"]: row["ms"] for row in found if row["name"] in BASES}
+    return Part([row | {"ratio": row["ms"] / base[row["case"]]} for row in found], missing)

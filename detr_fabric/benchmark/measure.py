@@ -41,8 +41,7 @@ def interleaved(
     is processor time, the same as wall time on an idle machine and hardly longer on a busy one. wall: not so, for calls
     whose work is done by other processes.
     """
-    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if one_thread and not wall else time.perf_counter
+    clock = time.perf_counter if wall else measuring_clock(device)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values() if warm_up else ():
         call()
@@ -55,6 +54,12 @@ def interleaved(
             synchronize(device)
             times[name].append(clock() - started)
     return times
+
+
+def measuring_clock(device: torch.device) -> Callable[[], float]:
+    """Processor time on a CPU with one thread, else wall time."""
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if one_thread else time.perf_counter
 
 
 def synchronize(device: torch.device) -> None:
