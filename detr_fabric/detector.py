@@ -60,13 +60,13 @@ class Prepared(NamedTuple):
 class Detector:
     """A model in evaluation mode on one device, with its classes and its way of preparing images."""
 
-    def __init__(
-        self, model: DETR, categories: Categories, scale: int, max_size: int, pad_multiple: int, fabric: Fabric
-    ) -> None:
+    def __init__(self, model: DETR, categories: Categories, config: Config, fabric: Fabric) -> None:
+        """config: resolved."""
+        assert config.data.scales is not None and config.data.max_size is not None
         self.model = fabric.setup_module(model).eval()
-        self.categories, self.pad_multiple, self.fabric = categories, pad_multiple, fabric
-        self.scale, self.max_size = scale, max_size
-        self.transform = EvalTransform(scale, max_size)
+        self.categories, self.config, self.fabric = categories, config, fabric
+        self.scale, self.max_size = config.data.scales[-1], config.data.max_size
+        self.transform = EvalTransform(self.scale, self.max_size)
 
     @overload  # a str is a sequence of str, but matches here first
     def __call__(self, images: Source, threshold: float = 0.7, batch_size: int = 1) -> Found: ...  # type: ignore[overload-overlap]
@@ -111,7 +111,7 @@ class Detector:
             )
             for number, (image, orig_size) in enumerate(images)
         ]
-        return pad_images([image for image, _ in images], self.pad_multiple), targets
+        return pad_images([image for image, _ in images], self.config.data.pad_multiple), targets
 
     def detect(self, images: Sequence[Prepared]) -> list[Detections]:
         """The answers of all Q queries for each of the images, in one batch; image_id is the position."""
@@ -151,9 +151,7 @@ def load(
             raise UserError(f"{path}: its model is not dilated; dc5 is for official files of a DC5 model")
     model = build_model(config.model, config.attn, categories.num_classes, pretrained=False)
     load_model_state(model, content["model"], str(checkpoint))
-    assert config.data.scales is not None and config.data.max_size is not None
-    fabric = single_device(accelerator, precision)
-    return Detector(model, categories, config.data.scales[-1], config.data.max_size, config.data.pad_multiple, fabric)
+    return Detector(model, categories, config, single_device(accelerator, precision))
 
 
 def read_source(image: Any) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from detr_fabric.batch import ImageBatch, normalize, pad_images
 from detr_fabric.config import AttnConfig, Config, ModelConfig
 from detr_fabric.errors import UserError
-from detr_fabric.model.backbone import Backbone, dilate, load_backbone_weights
+from detr_fabric.model.backbone import Backbone, dilate, load_backbone_weights, shrink_mask
 from detr_fabric.model.detr import DETR, build_model
 from detr_fabric.model.position import LearnedPosition
 
@@ -70,6 +70,16 @@ def test_features_of_the_chosen_stage_reach_the_transformer(stage: str, stride: 
     assert features.shape == (1, 64 * stride // 4, 96 // stride, 64 // stride)
     assert mask.shape == features.shape[:1] + features.shape[2:]
     assert model(*batch).pred_boxes.shape == (3, 1, 12, 4)
+
+
+def test_masks_are_shrunk_as_the_original_does_at_every_size() -> None:
+    for side in range(2, 1400):
+        pixels = torch.arange(side).view(1, 1, side)
+        for stride in (4, 8, 16, 32):
+            features = -(-side // stride)
+            expected = nn.functional.interpolate(pixels.float()[None], size=(1, features))[0].long()
+            assert torch.equal(shrink_mask(pixels, 1, features), expected), (side, stride)
+            assert torch.equal(shrink_mask(pixels.mT, features, 1), expected.mT), (side, stride)
 
 
 def test_an_image_is_seen_the_same_alone_and_inside_a_padded_batch_of_equal_features() -> None:

@@ -9,7 +9,6 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -51,7 +50,7 @@ class Backbone(nn.Module):
         for name, part in self.body.named_children():
             recompute = name in self.recomputed and self.training and next(part.parameters()).requires_grad
             x = checkpoint(part, x, use_reentrant=False) if recompute else part(x)
-        return x, F.interpolate(mask[:, None].float(), size=x.shape[-2:])[:, 0].bool()
+        return x, shrink_mask(mask, x.shape[-2], x.shape[-1])
 
     def train(self, mode: bool = True) -> Backbone:
         """As nn.Module.train, but frozen parts stay in eval mode: their batch statistics must not move."""
@@ -60,6 +59,16 @@ class Backbone(nn.Module):
             if not any(p.requires_grad for p in part.parameters()):
                 part.eval()
         return self
+
+
+def shrink_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """(B, H, W) bool → (B, height, width), every place from its nearest pixel as F.interpolate takes it.
+
+    In whole numbers: of F.interpolate's fractions ONNX Runtime rounds some to the pixel before.
+    """
+    sides = zip((height, width), mask.shape[-2:], strict=True)
+    rows, columns = (torch.arange(new, device=mask.device) * old // new for new, old in sides)
+    return mask[:, rows[:, None], columns]
 
 
 class FoldedNorm(FrozenBatchNorm2d):
