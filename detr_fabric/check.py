@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from detr_fabric.cli import fail, parse
+from detr_fabric.cli import fail, parse, reader_may_leave
 from detr_fabric.data.annotations import inspect_content, read_annotations
 from detr_fabric.data.categories import Categories, LabelSpace
 from detr_fabric.data.columns import short
@@ -89,21 +89,18 @@ class Part(NamedTuple):
     images: Path | None
 
 
+@reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # class names of any script on terminals of any encoding
     try:
         accepted = run(parse(Settings, Settings(), sys.argv[1:] if argv is None else argv, PROG, ABOUT))
-        sys.stdout.flush()
     except UserError as error:
         fail(error)
     except MemoryError:
         fail(UserError("the data set does not fit into memory: try fewer --workers, or a larger machine"))
     except RecursionError:
         fail(UserError("the JSON is nested so deeply that it cannot be worked on: export it again"))
-    except BrokenPipeError:  # piped into head, which has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0 if accepted else 1)

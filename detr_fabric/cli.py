@@ -6,11 +6,12 @@ import argparse
 import dataclasses
 import importlib.util
 import os
+import select
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NoReturn, TypeVar, get_type_hints
 
@@ -25,6 +26,23 @@ T = TypeVar("T")
 def rank() -> int:
     """This process's rank as its launcher (torchrun, SLURM, Fabric) tells it; 0 where there is none."""
     return int(next((os.environ[key] for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), 0))
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Ends the process quietly, with exit code 1, once nobody reads what it prints any more: COMMAND | head."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not poll.poll(0):  # some other pipe is broken
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        sys.exit(1)
 
 
 def fail(error: Exception, everywhere: bool = False) -> NoReturn:

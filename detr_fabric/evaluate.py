@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from detr_fabric.cli import fail, parse
+from detr_fabric.cli import fail, parse, reader_may_leave
 from detr_fabric.config import Config, DataConfig, EvalConfig, Precision
 from detr_fabric.errors import UserError
 
@@ -51,6 +51,7 @@ class Settings:
             raise UserError("--padding-check compares batch 1 with --eval.batch-size: set that to 2 or more")
 
 
+@reader_may_leave()
 def main() -> None:
     prog = "python -m detr_fabric.evaluate"
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=f"{prog} CHECKPOINT [OPTIONS]")

@@ -23,6 +23,7 @@ from torch import nn
 
 from detr_fabric.config import Precision
 from detr_fabric.errors import UserError
+from detr_fabric.signals import Preempted
 
 LOST_CONTACT = re.compile(r"gloo|NCCL|TCPStore|[Cc]onnection (closed|reset|refused)|Broken pipe")
 SECONDS_TO_BE_KILLED = 20
@@ -131,7 +132,7 @@ def first_error_only(fabric: Fabric) -> Iterator[None]:
     """Keeps a rank quiet that fails because another one did: what its launcher kills it for has been said."""
     try:
         yield
-    except UserError:
+    except (UserError, Preempted):
         raise
     except Exception as error:
         if fabric.world_size == 1:

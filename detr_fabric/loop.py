@@ -75,7 +75,7 @@ class Run(NamedTuple):
     notes: list[str]  # what there is to say about the weights it starts from, or the resumption
 
 
-def setup(cfg: Config) -> Run:
+def setup(cfg: Config, preemption: Preemption) -> Run:
     """Builds what a resolved config asks for. Raises UserError, on every rank alike, for what the user can mend."""
     train, data = cfg.train, cfg.data
     if train.deterministic:
@@ -152,7 +152,7 @@ def setup(cfg: Config) -> Run:
         state,
         total_steps,
         position - state.step,
-        Preemption(),
+        preemption,
         notes,
     )
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from detr_fabric.cli import fail, parse
+from detr_fabric.cli import fail, parse, reader_may_leave
 from detr_fabric.config import Precision
 from detr_fabric.errors import UserError
 
@@ -58,6 +58,7 @@ class Settings:
             raise UserError(f"--batch-size {self.batch_size}: it must be 1 or more")
 
 
+@reader_may_leave()
 def main() -> None:
     try:
         settings = parse(Settings, Settings(), sys.argv[1:], PROG, ABOUT)

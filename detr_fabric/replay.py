@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from detr_fabric.cli import fail, parse
+from detr_fabric.cli import fail, parse, reader_may_leave
 from detr_fabric.config import Config, Precision
 
 PROG = "python -m detr_fabric.replay"
@@ -31,6 +31,7 @@ class Settings:
     """Arithmetic. Unset: as in training."""
 
 
+@reader_may_leave()
 def main() -> None:
     settings = parse(Settings, Settings(), sys.argv[1:], PROG, ABOUT)
     try:

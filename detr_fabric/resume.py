@@ -78,6 +78,7 @@ class Saver:
         self._run, self._say = run, say
         self._seconds = 60 * run.cfg.train.checkpoint_minutes
         self._last_try = time.monotonic()
+        self._best_ap = run.state.best_ap  # of best.ckpt
         self.failed = False  # whether the state of the last call is not on the disk
 
     def due(self) -> bool:
@@ -107,13 +108,14 @@ class Saver:
             save_checkpoint(last, content)
             for name in copies:
                 copy_checkpoint(last, run.folder / name)
-            self.failed = False
+            self.failed, self._best_ap = False, run.state.best_ap
         except (OSError, RuntimeError) as error:  # torch wraps what the system says
             reason = str(error.__cause__ or error.__context__ or error).splitlines()[0]
             self._say(
                 f"step {run.state.step}: {last} can't be written ({reason}); training goes on, a later try follows"
             )
             self.failed = True
+            run.state.best_ap = self._best_ap  # the next evaluation has to beat what is on the disk
         self._last_try = time.monotonic()
 
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes the step, saves and can come back."""
+"""Signals that ask a run to stop: it finishes the step, saves and can come back. Imports no torch, to listen early."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, cast
-
-import torch
-from lightning_fabric import Fabric
+from typing import TYPE_CHECKING, Any, cast
 
 from detr_fabric.cli import rank
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from torch import Tensor
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
 MARKER = "preempted"  # a file in the run folder, for torchrun turns every exit code into 1
@@ -26,16 +27,22 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """While entered, the first of ASKING is noted, a second SIGINT ends the process at once, and SIGHUP is ignored."""
+    """From listen() to the end of a `with` block, the first of ASKING is noted, a second SIGINT ends the process at
+    once, and SIGHUP is ignored."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Preemption:
+    def listen(self) -> None:
+        if self._before:
+            return
         for number in ASKING:
             self._before[number] = signal.signal(number, self._note)
         self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def __enter__(self) -> Preemption:
+        self.listen()
         return self
 
     def __exit__(
@@ -43,6 +50,7 @@ class Preemption:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -58,8 +66,10 @@ class Preemption:
         """Whether any rank was asked to stop; every rank must call."""
         if fabric.world_size == 1:
             return self.requested is not None
+        import torch
+
         asked = torch.tensor(float(self.requested is not None), device=fabric.device)
-        return cast(torch.Tensor, fabric.all_reduce(asked, reduce_op="sum")).item() > 0
+        return cast("Tensor", fabric.all_reduce(asked, reduce_op="sum")).item() > 0
 
 
 def leave_marker(folder: Path, step: int, requeue: bool, say: Callable[[str], None]) -> None:

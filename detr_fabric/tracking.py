@@ -58,8 +58,8 @@ class RunLog:
     """log.jsonl: one JSON object a record, handed to the system at once.
 
     Opened for a resumed run, it first drops what came after `resumed_step` and the line that a kill tore, so every step
-    is there once. A full disk costs records and one warning through `say`, not the run. Numbers that are not finite
-    become null.
+    is there once. A full disk costs records and one warning through `say`, not the run; a folder that was removed is
+    made again. Numbers that are not finite become null.
     """
 
     def __init__(self, path: Path, resumed_step: int, say: Callable[[str], None]) -> None:
@@ -73,6 +73,11 @@ class RunLog:
         strict = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         line = b"\n" * self._torn + json.dumps(strict).encode() + b"\n"
         try:
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                removed, self._file = self._file, self._path.open("ab", buffering=0)
+                removed.close()
+                self._say(f"{self._path}: removed by somebody; training goes on, with new records from step {step}")
             self._torn = self._file.write(line) < len(line)
         except OSError as error:
             self._torn = True

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import sys
 
-from detr_fabric.cli import fail, parse_train
+from detr_fabric.cli import fail, parse_train, reader_may_leave
 from detr_fabric.config import Config
+from detr_fabric.signals import EXIT_PREEMPTED, Preempted, Preemption
 
 
+@reader_may_leave()
 def main(preset: Config | None = None) -> None:
     """Parses the command line over a preset, then trains. torch is imported after that: --help is immediate."""
     config = parse_train(sys.argv[1:], preset)
+    preemption = Preemption()
+    preemption.listen()  # setting up can take a minute
     from detr_fabric.errors import EveryRankError, UserError
     from detr_fabric.launch import first_error_only, leave_together
     from detr_fabric.loop import fit, setup
-    from detr_fabric.signals import EXIT_PREEMPTED, Preempted
 
     try:
-        run = setup(config)
+        run = setup(config, preemption)
     except UserError as error:
         fail(error, everywhere=True)
     try:

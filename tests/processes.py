@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,9 +122,64 @@ def _train(
         os.dup2(file, stream)
     sys.argv = ["train.py", *args]
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # loader workers are children of this process again
     if target is not None:
         target()
     main()
+
+
+class Command:
+    """A command as a user types it, whatever processes it starts. All that they print goes to one file."""
+
+    def __init__(self, *command: str, cwd: Path, **env: str):
+        handle, name = tempfile.mkstemp(dir=cwd, prefix="output-")
+        self.file, self._mark = Path(name), f"DETR_TEST_FAMILY={uuid.uuid4()}"
+        key, value = self._mark.split("=")
+        environ = environment(**env, **{key: value})
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=cwd,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=handle,
+            stderr=handle,
+            start_new_session=True,
+        )
+        os.close(handle)
+
+    def text(self) -> str:
+        return self.file.read_text()
+
+    def family(self) -> list[int]:
+        """All processes alive that descend from it, also those that lost their parent."""
+        alive = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z" and self._mark.encode() in (folder / "environ").read_bytes():
+                    alive.append(int(folder.name))
+        return alive
+
+    def wait(self, timeout: float = 240) -> int:
+        """The exit code; whatever runs at the timeout is killed and fails the test."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"it did not end:\n{self.text()}") from None
+
+    def kill(self) -> None:
+        for pid in self.family():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def wait_until(self, happened: Callable[[], object], timeout: float = 200) -> None:
+        end = time.monotonic() + timeout
+        while not happened():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.kill()
+                raise AssertionError(f"it did not happen:\n{self.text()}")
+            time.sleep(0.05)
 
 
 def steps(run_dir: Path) -> list[int]:

@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
-from detr_fabric.cli import fail, parse
+from detr_fabric.cli import fail, parse, reader_may_leave
 from detr_fabric.config import Config, DataConfig
 
 
@@ -40,6 +40,7 @@ class Settings:
             raise ValueError(f"query-ids has {min(self.query_ids)}: queries count from 0")
 
 
+@reader_may_leave()
 def main() -> None:
     prog = "python -m detr_fabric.analysis"
     about = (

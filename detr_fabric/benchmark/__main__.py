@@ -18,22 +18,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detr_fabric.cli import fail
+from detr_fabric.cli import fail, reader_may_leave
 from detr_fabric.errors import UserError
 
 PARTS = ("loss", "data", "eval", "inference", "step", "attention", "start")
 
 
+@reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     try:
         record = run(args)
-        if args.json is not None:
-            args.json.write_text(json.dumps(record, indent=1) + "\n")
     except UserError as error:
         fail(error)
-    except OSError as error:
-        fail(UserError(f"--json {args.json}: {error.strerror}"))
+    if args.json is not None:
+        try:
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+        except OSError as error:
+            fail(UserError(f"--json {args.json}: {error.strerror}"))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

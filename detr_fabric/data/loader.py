@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -239,13 +241,22 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _leave_process_group(worker: int) -> None:
-    """Ctrl+C and SLURM signal the whole process group: the trainer finishes its step, for which it needs its workers.
-
-    SIGTERM keeps torch's handler, which is how the trainer ends its workers.
-    """
+    """Ctrl+C signals the whole process group, SLURM every process of a job: the trainer finishes its step, for which it
+    needs its workers. They obey its own SIGTERM alone."""
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    if trainer is not None and hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_sigterm, args=(trainer.pid,), daemon=True).start()
+
+
+def _wait_for_sigterm(sender: int) -> None:
+    """A handler is not told who sent the signal, and waits for the end of a call that hangs."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
+        pass
+    os._exit(0)
 
 
 def build_datasets(data: DataConfig, seed: int) -> tuple[CocoDetection, CocoDetection]:

@@ -1,0 +1,160 @@
+"""Faults put into a running process: targets of a Job, and through tests/faulty.py of any launcher."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from detr_fabric import loop
+
+Moment = Literal["write", "fsync", "link", "replace", "second replace"]
+INSIDE = "inside-the-save"  # a file that appears where hang_in_save waits to be killed
+
+
+def before_step(step: int, action: Callable[[loop.Run], object]) -> None:
+    """Does something on every rank before it takes a step."""
+    whole = loop.training_step
+
+    def changed(run: loop.Run, micro_batches: list[loop.MicroBatch]) -> loop.Step:
+        if run.state.step + 1 == step:
+            action(run)
+        return whole(run, micro_batches)
+
+    loop.training_step = changed
+
+
+def die(rank: int, step: int, how: Literal["kill", "raise"]) -> None:
+    """One rank is killed or raises, the first time that this folder's runs come to a step."""
+
+    def action(run: loop.Run) -> None:
+        if run.fabric.global_rank != rank or Path("died").exists():
+            return
+        Path("died").touch()
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("something of its own")
+
+    before_step(step, action)
+
+
+def wait_for_a_signal(step: int, rank: int | None = None) -> None:
+    """A step begins only after this rank, or all of them, got the signal that the test sends."""
+
+    def action(run: loop.Run) -> None:
+        if rank in (None, run.fabric.global_rank):
+            until(lambda: run.preemption.requested)
+
+    before_step(step, action)
+
+
+def wait_in_evaluation() -> None:
+    """The first evaluation begins only after the signal that the test sends."""
+    whole = loop.evaluate
+
+    def waiting(*args: Any) -> Any:
+        Path("in-evaluation").touch()
+        until(lambda: args[-1].requested)
+        return whole(*args)
+
+    loop.evaluate = waiting
+
+
+def wait_in_setup() -> None:
+    """Setting up goes on when the test calls release(folder, 0)."""
+    whole = loop.build_datasets
+
+    def waiting(*args: Any) -> Any:
+        _held(0)
+        return whole(*args)
+
+    loop.build_datasets = waiting
+
+
+def hold(*steps: int) -> None:
+    """Before each of these steps the run waits until the test calls release(folder, step)."""
+    for step in steps:
+        before_step(step, lambda run, step=step: _held(step))
+
+
+def _held(step: int) -> None:
+    Path(f"held-{step}").touch()
+    until(Path(f"go-{step}").exists)
+    for name in (f"held-{step}", f"go-{step}"):
+        Path(name).unlink()
+
+
+def held(folder: Path, step: int) -> Callable[[], bool]:
+    """Whether the run waits before that step."""
+    return (folder / f"held-{step}").exists
+
+
+def release(folder: Path, step: int) -> None:
+    (folder / f"go-{step}").touch()
+
+
+def lose_output() -> None:
+    """Both standard streams are pipes that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for stream in (1, 2):
+        os.dup2(writer, stream)
+
+
+def open_terminal() -> None:
+    """The run belongs to a terminal, whose name is in TERMINAL; it waits at step 4."""
+    os.setsid()
+    terminal = os.open(os.environ["TERMINAL"], os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(terminal, stream)
+    hold(4)
+
+
+def hang_in_save(step: int, moment: Moment) -> None:
+    """The first checkpoint of at least so many steps is never finished: it waits in the middle to be killed."""
+    whole = torch.save
+    armed, replaced = False, 0
+
+    def pause(here: Moment) -> None:
+        if armed and here == moment:
+            Path(INSIDE).touch()
+            time.sleep(100)
+
+    def save(content: Any, file: Any) -> None:
+        nonlocal armed, replaced
+        armed, replaced = content.get("state", {}).get("step", 0) >= step, 0
+        buffer = io.BytesIO()
+        whole(content, buffer)
+        data = buffer.getvalue()
+        file.write(data[: len(data) // 2])
+        file.flush()
+        pause("write")
+        file.write(data[len(data) // 2 :])
+
+    def wrapped(name: str) -> Callable[..., Any]:
+        original = getattr(os, name)
+
+        def call(*args: Any) -> Any:
+            nonlocal replaced
+            replaced += name == "replace"
+            pause("second replace" if replaced == 2 else name)  # type: ignore[arg-type]
+            return original(*args)
+
+        return call
+
+    torch.save = save
+    for name in ("fsync", "link", "replace"):
+        setattr(os, name, wrapped(name))
+
+
+def until(happened: Callable[[], object], timeout: float = 120) -> None:
+    end = time.monotonic() + timeout
+    while not happened():
+        assert time.monotonic() < end, "the test did not send what was waited for"
+        time.sleep(0.01)
