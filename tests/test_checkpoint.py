@@ -7,15 +7,24 @@ import functools
 import hashlib
 import http.server
 import os
+import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from detr_fabric import evaluate, predict, replay
 from detr_fabric.checkpoint import load_checkpoint, read_torch_file, read_weights, save_checkpoint
+from detr_fabric.config import Config
+from detr_fabric.data.annotations import read_annotations
+from detr_fabric.data.categories import Categories
 from detr_fabric.errors import UserError
+from detr_fabric.model.backbone import Backbone, load_backbone_weights
+from detr_fabric.resume import read_checkpoint
+from detr_fabric.weights import load_weights
 from tests.test_model import small_detr
 
 CONTENT = {"model": {"w": torch.arange(10000.0)}, "config": {}, "categories": {}}
@@ -131,3 +140,54 @@ def test_code_inside_a_checkpoint_is_never_run(forced: str, tmp_path: Path, monk
     with pytest.raises(UserError, match="hostile.pth"):
         read_weights(str(tmp_path / "hostile.pth"))
     assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("hostile", [("last.ckpt",), ("last.ckpt", "previous.ckpt")])
+def test_a_hostile_last_checkpoint_gives_way_to_the_previous_one_without_running(
+    hostile: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    for name in ("last.ckpt", "previous.ckpt"):
+        bad = {**CONTENT, "state": Hostile(tmp_path / "proof"), "version": 1}
+        torch.save(bad, tmp_path / name) if name in hostile else save_checkpoint(tmp_path / name, CONTENT)
+    notes: list[str] = []
+    if len(hostile) == 1:
+        source, content = read_checkpoint(Config(), tmp_path, notes)
+        assert source.name == "previous.ckpt" and torch.equal(content["model"]["w"], CONTENT["model"]["w"])
+        assert "last.ckpt: can't be read" in notes[0] and "going on from previous.ckpt" in notes[0]
+    else:
+        with pytest.raises(UserError, match="previous.ckpt: can't be read"):
+            read_checkpoint(Config(), tmp_path, notes)
+    assert not (tmp_path / "proof").exists()
+
+
+def test_code_inside_any_other_file_that_is_read_is_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights to start from, a backbone, a step saved for replay, annotations, a checkpoint to evaluate or predict."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.chdir(tmp_path)
+    entry = Hostile(tmp_path / "proof")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
+    zipped, plain = tmp_path / "zipped.pth", tmp_path / "plain.pth"
+    torch.save({**CONTENT, "version": 1, "micro_batches": entry, "layer1.0.conv1.weight": entry}, zipped)
+    plain.write_bytes(pickle.dumps(entry, protocol=2))
+    readers: dict[str, Callable[[str], object]] = {
+        "weights": lambda file: load_weights(small_detr(), file, Categories((1,), ("cat",))),
+        "backbone": lambda file: load_backbone_weights(Backbone("resnet18").body, "resnet18", file),
+        "annotations": lambda file: read_annotations(Path(file)),
+    }
+    for file in (str(zipped), str(plain)):
+        for name, reader in readers.items():
+            with pytest.raises(UserError, match="zipped|plain") as refused:
+                reader(file)
+            assert "\n" not in str(refused.value), name
+        for main, args in ((replay.main, [file]), (evaluate.main, [file]), (predict.main, [file, "."])):
+            monkeypatch.setattr("sys.argv", ["program", *args])
+            with pytest.raises(SystemExit) as ended:
+                main()
+            said = capsys.readouterr().err
+            assert ended.value.code == 2 and said.count("\n") == 1 and Path(file).name in said
+    assert not (tmp_path / "proof").exists()
+    pickle.loads(plain.read_bytes())
+    assert (tmp_path / "proof").exists(), "these files are harmless"

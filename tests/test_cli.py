@@ -18,6 +18,7 @@ from detr_fabric.cli import flags, load_preset, parse_train, preset_files
 from detr_fabric.config import AttnConfig, Config, DataConfig, ModelConfig
 from detr_fabric.errors import UserError
 from detr_fabric.model.detr import build_model
+from tests.processes import environment
 
 
 def train_cli(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -130,6 +131,17 @@ def test_print_config_is_a_command_that_gives_the_same_config() -> None:
     printed = train_cli(*args, "--print-config")
     again = shlex.split(printed.stdout.replace("\\\n", " "))[3:]
     assert parse_train(again) == parse_train(args)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train --print-config --preset quickstart", "train --help", "evaluate --help", "analysis --help", "replay --help"],
+)
+def test_a_reader_that_leaves_early_ends_a_command_quietly(command: str) -> None:
+    """As head does; `true` reads nothing at all."""
+    script = f'"$0" -m detr_fabric.{command} | true; echo "code ${{PIPESTATUS[0]}}"'
+    piped = subprocess.run(["bash", "-c", script, sys.executable], env=environment(), capture_output=True, text=True)
+    assert piped.stderr == "" and piped.stdout == "code 1\n"
 
 
 def test_every_preset_says_how_to_run_it_and_what_to_expect() -> None:

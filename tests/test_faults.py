@@ -122,7 +122,7 @@ def test_a_run_killed_at_random_moments_equals_one_that_never_was(folder: Path, 
     assert_same_run(folder / run, folder / "whole")
 
 
-LONG = ("--train.epochs", "4")  # 32 steps on one rank
+LONG = ("--train.epochs", "10", "--eval.every", "5")  # 80 steps on one rank
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_thirty_six_kills_change_nothing(folder: Path, ranks: int, workers: str)
     if not (folder / whole).exists():
         assert job(folder, whole, *LONG, ranks=ranks).wait() == [0] * ranks
     chance = random.Random(f"{ranks} {workers}")
-    kills = kill_and_resume(folder, run, 9, workers, chance, ranks, 32 // ranks, LONG)
+    kills = kill_and_resume(folder, run, 9, workers, chance, ranks, 80 // ranks, LONG)
     assert_same_run(folder / run, folder / whole)
     lost = [kill.lost for kill in kills]
     seconds = [kill.seconds for kill in kills if kill.seconds is not None]
@@ -168,8 +168,9 @@ def kill_and_resume(
     for number in range(kills):
         where = ("setup", "save", "step")[number % 3]
         before = max(steps(log), default=0)
-        wanted = before + chance.randint(1, max(1, 3 * (total - 2 - before) // (kills - number)))
-        wanted = max(2, min(wanted, total - 2))
+        left = kills - number  # each life takes a few steps more than it has to
+        wanted = before + chance.randint(1, max(1, 2 * (total - before) // left - 8))
+        wanted = max(2, min(wanted, total - 4 * left))
         inside.unlink(missing_ok=True)
         moment = chance.choice(get_args(faults.Moment))
         hang = partial(faults.hang_in_save, wanted, moment) if where == "save" else None
@@ -184,8 +185,13 @@ def kill_and_resume(
             going.wait_until(inside.exists)
         elif where == "step":
             going.wait_until(lambda wanted=wanted: max(steps(log), default=0) >= wanted)
-        if where != "save":
-            time.sleep(chance.random() * (1.5 if where == "setup" else 0.1))
+        if where == "setup":
+            end = time.monotonic() + chance.random()
+            going.wait_until(
+                lambda end=end, before=before: time.monotonic() > end or max(steps(log), default=0) > before
+            )
+        elif where == "step":
+            time.sleep(chance.random() * 0.1)
         going.signal(signal.SIGKILL)
         assert set(going.wait(30)) == {-signal.SIGKILL}, going.text()
         saved = load_checkpoint(log / "last.ckpt")["state"]["step"] if (log / "last.ckpt").exists() else 0
