@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Literal
 
-from detr_fabric.cli import fail, parse
+from detr_fabric.cli import fail, parse, reader_may_leave
 from detr_fabric.config import DataConfig
 from detr_fabric.errors import UserError
 from detr_fabric.evaluate import data_defaults
@@ -41,6 +41,7 @@ class Settings:
     """An official file is of a DC5 model, which its weights don't show."""
 
 
+@reader_may_leave()
 def main() -> None:
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=f"{PROG} CHECKPOINT [OPTIONS]")
     before.add_argument("checkpoint", nargs="?")

@@ -135,7 +135,7 @@ def test_print_config_is_a_command_that_gives_the_same_config() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["train --print-config --preset quickstart", "train --help", "evaluate --help", "analysis --help", "replay --help"],
+    ["train --print-config --preset quickstart", "train --help", "evaluate --help", "analysis --help", "export --help"],
 )
 def test_a_reader_that_leaves_early_ends_a_command_quietly(command: str) -> None:
     """As head does; `true` reads nothing at all."""
