@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from detr_fabric import loop
+from detr_fabric.batch import Target
 
 Moment = Literal["write", "fsync", "link", "replace", "second replace"]
 INSIDE = "inside-the-save"  # a file that appears where hang_in_save waits to be killed
@@ -114,6 +115,21 @@ def open_terminal() -> None:
     for stream in (0, 1, 2):
         os.dup2(terminal, stream)
     hold(4)
+
+
+def take_objects_away(rank: int) -> None:
+    """This rank sees images without a single object; in the second step no rank sees any."""
+    whole = loop.training_step
+
+    def empty(target: Target) -> Target:
+        return target._replace(labels=target.labels[:0], boxes=target.boxes[:0])
+
+    def changed(run: loop.Run, micro_batches: list[loop.MicroBatch]) -> loop.Step:
+        if run.fabric.global_rank == rank or run.state.step + 1 == 2:
+            micro_batches = [(batch, [empty(target) for target in targets]) for batch, targets in micro_batches]
+        return whole(run, micro_batches)
+
+    loop.training_step = changed
 
 
 def hang_in_save(step: int, moment: Moment) -> None:

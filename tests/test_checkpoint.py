@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from detr_fabric import evaluate, predict, replay
-from detr_fabric.checkpoint import load_checkpoint, read_torch_file, read_weights, save_checkpoint
+from detr_fabric.checkpoint import load_checkpoint, load_model_state, read_torch_file, read_weights, save_checkpoint
 from detr_fabric.config import Config
 from detr_fabric.data.annotations import read_annotations
 from detr_fabric.data.categories import Categories
@@ -119,6 +119,23 @@ def test_a_truncated_checkpoint_and_one_of_another_program_are_refused(tmp_path:
     torch.save({"state_dict": {}}, path)
     with pytest.raises(UserError, match="not a checkpoint of detr_fabric"):
         load_checkpoint(path)
+
+
+def test_a_checkpoint_of_another_version_or_model_is_refused_with_what_differs(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({**CONTENT, "version": 7}, path)
+    with pytest.raises(UserError, match="last.ckpt: written by version 7 of the format, this package reads 1"):
+        load_checkpoint(path)
+    model = small_detr()
+    state = {
+        name: value[..., :1] if name == "query_embed.weight" else value for name, value in model.state_dict().items()
+    }
+    del state["class_embed.bias"]
+    with pytest.raises(
+        UserError, match=r"last.ckpt: does not fit this model: 1 tensors missing, 0 unknown, 1 of"
+    ) as said:
+        load_model_state(model, {**state}, str(path))
+    assert "query_embed.weight" in str(said.value) and "\n" not in str(said.value)
 
 
 class Hostile:

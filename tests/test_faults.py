@@ -331,6 +331,18 @@ def test_a_run_folder_that_is_removed_is_made_again(folder: Path) -> None:
     assert_same(*({k: load_checkpoint(f / "last.ckpt")[k] for k in KEPT} for f in (run, folder / "whole")))
 
 
+# ---- a rank without work
+
+
+def test_a_rank_whose_images_hold_no_object_neither_hangs_nor_breaks_the_other(folder: Path) -> None:
+    going = job(folder, "empty", "--train.max-steps", "4", ranks=2, target=partial(faults.take_objects_away, 1))
+    assert going.wait() == [0, 0], going.text()
+    logged = [record for record in records(folder / "empty") if "grad_norm" in record]
+    assert [r["step"] for r in logged] == [1, 2, 3, 4]
+    assert all(0 < r["grad_norm"] < float("inf") and r["train/loss"] > 0 for r in logged)
+    assert [r["train/loss_bbox"] == 0 for r in logged] == [False, True, False, False]
+
+
 # ---- nobody reads what it says
 
 
