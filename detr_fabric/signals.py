@@ -27,22 +27,18 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """From listen() to the end of a `with` block, the first of ASKING is noted, a second SIGINT ends the process at
-    once, and SIGHUP is ignored."""
+    """Inside a `with` block the first of ASKING is noted, a second SIGINT ends the process at once, and SIGHUP is
+    ignored. It may be entered again inside: the first block that ends ends it."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
-    def listen(self) -> None:
-        if self._before:
-            return
-        for number in ASKING:
-            self._before[number] = signal.signal(number, self._note)
-        self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
     def __enter__(self) -> Preemption:
-        self.listen()
+        if not self._before:
+            for number in ASKING:
+                self._before[number] = signal.signal(number, self._note)
+            self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
     def __exit__(

@@ -17,8 +17,12 @@ from detr_fabric.signals import EXIT_PREEMPTED, Preempted, Preemption
 def main(preset: Config | None = None) -> None:
     """Parses the command line over a preset, then trains. torch is imported after that: --help is immediate."""
     config = parse_train(sys.argv[1:], preset)
-    preemption = Preemption()
-    preemption.listen()  # setting up can take a minute
+    with Preemption() as preemption:  # setting up can take a minute
+        train(config, preemption)
+
+
+def train(config: Config, preemption: Preemption) -> None:
+    """A run from start to exit code."""
     from detr_fabric.errors import EveryRankError, UserError
     from detr_fabric.launch import first_error_only, leave_together
     from detr_fabric.loop import fit, setup

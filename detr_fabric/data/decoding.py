@@ -131,7 +131,7 @@ def _start(function: Callable[[int], Any]) -> tuple[Connection, BaseProcess]:
 
 def _end(connection: Connection, process: BaseProcess) -> None:
     """Ends a process without its doing: younger ones hold copies of our end, so that closing it tells it nothing."""
-    process.terminate()
+    process.kill()
     process.join()
     connection.close()
 
