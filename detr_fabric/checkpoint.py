@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import re
 import shutil
 import zipfile
@@ -102,6 +103,10 @@ def read_torch_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
+    except pickle.UnpicklingError as error:  # whose own words advise to run what is in the file
+        raise UserError(
+            f"{path}: can't be read as a checkpoint (it is none, is damaged, or holds code, which is never run)"
+        ) from error
     except Exception as error:  # torch, zipfile and pickle raise many kinds on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: can't be read as a checkpoint ({reason})") from error

@@ -6,7 +6,6 @@ Shapes: B batch, Q queries.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from detr_fabric.data.coco import CocoDetection
 from detr_fabric.data.loader import EvalLoader, MicroBatch
 from detr_fabric.errors import UserError
 from detr_fabric.model.detr import post_process
+from detr_fabric.output import replace_text
 from detr_fabric.pictures import Boxes, Picture
 from detr_fabric.scoring import Detections, score
 from detr_fabric.signals import Preempted, Preemption
@@ -127,6 +127,4 @@ def save_evaluation(path: Path, evaluation: Evaluation, step: int, more: Mapping
     """Writes the scores, and `more`, as JSON, replacing an earlier file whole."""
     content = {"step": step, **evaluation.stats, "AP_class": evaluation.per_class, "seconds": evaluation.seconds}
     content |= more or {}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(content, indent=1) + "\n")

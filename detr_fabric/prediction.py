@@ -30,6 +30,7 @@ from detr_fabric.detector import Detector, Found, Prepared, load
 from detr_fabric.errors import UserError
 from detr_fabric.launch import launched
 from detr_fabric.model.detr import post_process
+from detr_fabric.output import replace_text, writing
 from detr_fabric.pictures import Boxes, Picture, draw
 from detr_fabric.progress import counted
 
@@ -65,12 +66,12 @@ def predict(checkpoint: str, settings: Settings) -> None:
     files = find_images(settings.paths, leave_out=out)
     ids, targets = image_ids(files), picture_files(files, out / "pictures")
     detector = load(checkpoint, settings.accelerator, settings.precision, settings.dc5)
-    with writing(out):
+    with writing(f"--out {out}", "choose another folder"):
         out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     results: dict[int, list[dict[str, Any]]] = {}
     turned = 0
-    with counted(len(files)) as progress, _threads() as pool, writing(out):
+    with counted(len(files)) as progress, _threads() as pool, writing(f"--out {out}", "choose another folder"):
         drawing: deque[Future[None]] = deque()
         for done, seen in enumerate(detect_files(files, detector, settings.batch_size, settings.threshold, pool), 1):
             if isinstance(seen, UserError):
@@ -92,8 +93,8 @@ def predict(checkpoint: str, settings: Settings) -> None:
     if not results:
         raise UserError(f"none of {len(files)} files could be read: see above")
     rows = [row for number in sorted(results) for row in results[number]]
-    with writing(out):
-        write_json(out / "predictions.json", rows)
+    with writing(f"--out {out}", "choose another folder"):
+        replace_text(out / "predictions.json", json.dumps(rows) + "\n")
     seconds = time.perf_counter() - started
     print(
         f"{len(rows)} detections (score ≥ {settings.threshold:g}) in {len(results)} images, in {seconds:.1f} s: {out}"
@@ -183,21 +184,6 @@ def attention_sheet(detector: Detector, seen: Seen, name: str, model_name: str) 
     )
     title = name.encode("utf-8", "replace").decode()  # names of files need not be text
     return detection_sheet(look, seen.found.queries.tolist(), title)
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror or error}; choose another folder") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replaces an earlier file whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content) + "\n")
-    os.replace(temporary, path)
 
 
 @contextmanager

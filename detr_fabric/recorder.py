@@ -122,7 +122,7 @@ class Recorder:
         """Every bad image into log.jsonl every time, and onto the console once."""
         for fault in faults:
             if self.log is not None:
-                self.log.write({"skipped": fault}, step, (step + self.step_offset) / self.steps_per_epoch)
+                self.log.write({"skipped": fault}, step, self._epoch(step))
             if fault not in self._named:
                 self._named.add(fault)
                 self.progress.say(f"skipped {fault}")

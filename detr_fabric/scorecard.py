@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +17,18 @@ from detr_fabric.config import Config
 from detr_fabric.data.categories import Categories
 from detr_fabric.data.coco import CocoDetection
 from detr_fabric.data.loader import EvalLoader, build_foreign_validation
-from detr_fabric.errors import UserError
 from detr_fabric.evaluation import Evaluation, evaluate, picture_panel, save_evaluation
 from detr_fabric.launch import build_fabric
 from detr_fabric.mistakes import IOU, Objects, Pairs, confusion, describe, pair
 from detr_fabric.model.detr import build_model
+from detr_fabric.output import writing
 from detr_fabric.pictures import Boxes, Picture, draw, grid
 from detr_fabric.scoring import Detections
 
 if TYPE_CHECKING:
     from detr_fabric.evaluate import Settings
 
+ELSEWHERE = "set --out to a file elsewhere"
 THRESHOLD = 0.5  # score of the detections by which images are ranked, unless --confusion names another
 
 
@@ -38,7 +38,7 @@ def evaluate_checkpoint(content: dict[str, Any], path: Path, settings: Settings)
     fabric = build_fabric(settings.accelerator, settings.devices, settings.precision, broadcast_buffers=False)
     fabric.launch()
     if settings.out is not None:
-        with _writing(f"--out {settings.out}"):
+        with writing(f"--out {settings.out}", ELSEWHERE):
             Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
     categories = Categories.from_dict(content["categories"])
     dataset, matched = build_foreign_validation(cfg.data, categories, cfg.train.seed)
@@ -72,7 +72,7 @@ def evaluate_checkpoint(content: dict[str, Any], path: Path, settings: Settings)
         images = pairs(dataset, evaluation.detections, matched.labels, threshold)
         draw_worst(dataset, evaluation.detections, images, threshold, settings.worst, _beside(settings.out or path))
     if settings.out is not None:
-        with _writing(f"--out {settings.out}"):
+        with writing(f"--out {settings.out}", ELSEWHERE):
             save_evaluation(Path(settings.out), evaluation, step, more)
 
 
@@ -136,7 +136,7 @@ def draw_worst(
         draw(_name_missed(p, images[index], dataset, index), names) for p, index in zip(panel, ranking, strict=True)
     ]
     captions = [_caption(p.caption, images[index]) for p, index in zip(panel, ranking, strict=True)]
-    with _writing(f"--worst: {path}"):
+    with writing(f"--worst: {path}", ELSEWHERE):
         grid(drawn, captions, cell=640).save(path)
     shown = f"the {len(ranking)} images of lowest F1 (score ≥ {threshold:g}, IoU ≥ {IOU:g})"
     print(f"{path}: {shown}; solid: found, dashed: true, white: the name of what was missed")
@@ -153,14 +153,6 @@ def _caption(image_id: str, mistakes: Pairs) -> str:
     name = image_id if len(image_id) <= 16 else f"…{image_id[-15:]}"
     false = int((~mistakes.right).sum())
     return f"{name}: F1 {mistakes.f1:.2f}, {len(mistakes.missed)} of {len(mistakes.true)} missed, {false} false"
-
-
-@contextmanager
-def _writing(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{what}: {error.strerror or error}; set --out to a file elsewhere") from error
 
 
 def _beside(file: str | Path) -> Path:

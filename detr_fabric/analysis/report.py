@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +32,7 @@ from detr_fabric.data.loader import EvalLoader, build_validation
 from detr_fabric.errors import UserError
 from detr_fabric.loss.matcher import match, pad_targets
 from detr_fabric.model.detr import DETR, DETROutput, build_model, post_process
+from detr_fabric.output import replace_text, writing
 
 if TYPE_CHECKING:
     from detr_fabric.analysis.__main__ import Settings
@@ -80,27 +79,19 @@ def report(contents: dict[str, dict[str, Any]], settings: Settings) -> None:
         if max(settings.query_ids, default=0) >= (queries := each.cfg.model.num_queries):
             raise UserError(f"--query-ids {max(settings.query_ids)}: {each.file} has queries 0 to {queries - 1}")
     folder = Path(settings.out)
-    with writing(folder):
+    with writing(f"--out {folder}", "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
     measured = [(each, measure(each, device)) for each in subjects]
-    with writing(folder):
+    with writing(f"--out {folder}", "choose another folder"):
         save_statistics(folder / "statistics.json", measured)
         figure = overview([(f"{each.name}, {each.mapping}", statistics) for each, statistics in measured])
         figure.save(folder / "overview.png")
     for index in indices:
         sheets = draw_image(subjects, index, settings.queries, settings.query_ids, device)
-        with writing(folder):
+        with writing(f"--out {folder}", "choose another folder"):
             for name, sheet in sheets.items():
                 sheet.save(folder / name)
     print(f"written to {folder}: statistics.json, overview.png and the attention in {len(indices)} images")
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror or error}; choose another folder") from error
 
 
 def subject_names(names: dict[str, str]) -> dict[str, str]:
@@ -175,9 +166,7 @@ def save_statistics(path: Path, measured: Sequence[tuple[Subject, AttentionStati
         }
         for each, statistics in measured
     ]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({"models": models}, indent=1) + "\n")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps({"models": models}, indent=1) + "\n")
 
 
 def draw_image(
