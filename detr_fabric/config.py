@@ -346,7 +346,7 @@ class EvalConfig:
     """Epochs between two evaluations; the last epoch is always evaluated."""
     batch_size: int = 1
     """Images per rank and forward pass, of like shape; 1, without padding, is the reference."""
-    backend: Literal["faster-coco-eval", "pycocotools"] = "faster-coco-eval"
+    backend: Literal["hotcoco", "pycocotools"] = "hotcoco"
     """Library that scores; both give the same numbers."""
     attention_images: int = 16
     """Validation images over which each evaluation measures what every attention head does; 0: none."""

@@ -72,7 +72,7 @@ def evaluate(
     model: nn.Module,
     loader: EvalLoader,
     dataset: CocoDetection,
-    backend: Literal["faster-coco-eval", "pycocotools"],
+    backend: Literal["hotcoco", "pycocotools"],
     preemption: Preemption | None = None,
 ) -> Evaluation | None:
     """Detects on every rank and scores on rank 0; None on the others. Leaves the model in evaluation mode.

@@ -1,13 +1,12 @@
 """COCO's 12 statistics and per-class AP of a set of detections, by either library.
 
-pycocotools is the reference, faster-coco-eval gives the same numbers sooner. Both read the same two COCO objects, built
-here: neither loader's rounding, numbering or failure on empty lists comes into it. Q detections of an image.
+pycocotools is the reference, hotcoco gives the same numbers sooner. Both read the same ground truth and the same rows of
+detections: neither loader's numbering or failure on empty lists comes into it. Q detections of an image, N of all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from detr_fabric.errors import UserError
 
-Backend = Literal["faster-coco-eval", "pycocotools"]
+Backend = Literal["hotcoco", "pycocotools"]
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
@@ -62,16 +61,15 @@ def score(
         if not (found.scores.isfinite().all() and found.boxes.isfinite().all()):
             raise UserError(f"detections of image {found.image_id} are not finite: the model's weights have diverged")
         by_image.setdefault(position[found.image_id], found)
-    annotations = [
-        {key: annotation[key] for key in ("id", "image_id", "category_id", "bbox", "area", "iscrowd")}
-        for annotation in ground_truth["annotations"]
-    ]
-    with _silent(), _without_garbage_collection():
-        evaluation = _evaluate(ground_truth, annotations, _results(by_image), backend)
-    stats = dict(zip(STATS, map(float, evaluation.stats[: len(STATS)]), strict=True))
-    precision = np.asarray(evaluation.eval["precision"])[
-        :, :, :, 0, -1
-    ]  # (IoU, recall, class): all areas, 100 detections
+    rows = _rows(by_image)
+    rows = rows[np.isin(rows[:, 6], [category["id"] for category in ground_truth["categories"]])]
+    with _silent():
+        evaluation = (_reference if backend == "pycocotools" else _fast)(ground_truth, rows)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    stats = dict(zip(STATS, map(float, evaluation.stats), strict=True))
+    precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]  # (IoU, recall, class): all areas, 100 boxes
     per_class = {
         int(category) - 1: float(precision[:, :, k].mean())
         for k, category in enumerate(evaluation.params.catIds)
@@ -80,66 +78,54 @@ def score(
     return Scores(stats, per_class)
 
 
-def _evaluate(
-    ground_truth: dict[str, Any], annotations: list[dict[str, Any]], results: list[dict[str, Any]], backend: Backend
-) -> Any:
-    """A library's evaluation object after its three steps; the two libraries have the same interface."""
-    if backend == "pycocotools":
-        from pycocotools import coco as index
-        from pycocotools.cocoeval import COCOeval as evaluator
-    else:
-        from faster_coco_eval.core import coco as index
-        from faster_coco_eval.core.faster_eval_api import COCOeval_faster as evaluator
-    sides = []
-    for boxes in (annotations, results):
-        coco = index.COCO()
-        coco.dataset = {key: ground_truth[key] for key in ("images", "categories")} | {"annotations": boxes}
-        coco.createIndex()
-        sides.append(coco)
-    evaluation = evaluator(*sides, iouType="bbox")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    return evaluation
+def _rows(by_image: dict[int, Detections]) -> np.ndarray:
+    """(N, 7) float64: image id, xywh, score, category id. Sides are float32 differences, as in the original."""
+    found = by_image.values()
+    if not found:
+        return np.empty((0, 7))
+    images = np.repeat(list(by_image), [len(one.scores) for one in found])
+    corners = torch.cat([one.boxes for one in found]).float()
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
+    scores, labels = (torch.cat([getattr(one, name) for one in found]) for name in ("scores", "labels"))
+    return np.column_stack([images, boxes.double(), scores.double(), labels + 1])
 
 
-def _results(by_image: dict[int, Detections]) -> list[dict[str, Any]]:
-    """Detections as COCO annotations. Widths and heights are float32 differences, as the original computes them."""
-    if not by_image:
-        return []
-    images = [number for number, found in by_image.items() for _ in range(len(found.scores))]
-    labels = torch.cat([found.labels for found in by_image.values()]).tolist()
-    scores = torch.cat([found.scores for found in by_image.values()]).tolist()
-    corners = torch.cat([found.boxes for found in by_image.values()]).float()
-    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()  # xywh
-    return [
+def _fast(ground_truth: dict[str, Any], rows: np.ndarray) -> Any:
+    """hotcoco's evaluation object."""
+    from hotcoco import COCO, COCOeval
+
+    truth = COCO(ground_truth)
+    return COCOeval(truth, truth.load_res(rows), "bbox")
+
+
+def _reference(ground_truth: dict[str, Any], rows: np.ndarray) -> Any:
+    """pycocotools' evaluation object, which has the same methods. It writes into annotations, and fails on no rows."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    results = [
         {
             "id": number,
-            "image_id": image,
-            "category_id": label + 1,
+            "image_id": int(image),
+            "category_id": int(category),
             "bbox": box,
             "area": box[2] * box[3],
             "score": value,
             "iscrowd": 0,
         }
-        for number, (image, label, box, value) in enumerate(zip(images, labels, boxes, scores, strict=True), start=1)
+        for number, (image, *box, value, category) in enumerate(rows.tolist(), start=1)
     ]
+    sides = []
+    for annotations in ([*map(dict, ground_truth["annotations"])], results):
+        coco = COCO()
+        coco.dataset = {**ground_truth, "annotations": annotations}
+        coco.createIndex()
+        sides.append(coco)
+    return COCOeval(*sides, iouType="bbox")
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """pycocotools prints each step and a table."""
+    """Both libraries print a table."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
-
-
-@contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Half a million small dicts set the collector off again and again: a third of faster-coco-eval's time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

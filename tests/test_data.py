@@ -214,7 +214,7 @@ def scores_of(folder: Path, content: dict[str, Any]) -> list[Scores]:
     return [score(data.ground_truth(), data.image_ids, detections, backend) for backend in BACKENDS]
 
 
-BACKENDS: tuple[Backend, ...] = ("pycocotools", "faster-coco-eval")
+BACKENDS: tuple[Backend, ...] = ("pycocotools", "hotcoco")
 OBJECTS = [[3 + n % 5, 2 + n % 3, 12 + n % 11, 9 + n % 7] for n in range(30)]
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from detr_fabric.errors import UserError
 from detr_fabric.scoring import STATS, Backend, Detections, score
 
-BACKENDS: tuple[Backend, ...] = ("pycocotools", "faster-coco-eval")
+BACKENDS: tuple[Backend, ...] = ("pycocotools", "hotcoco")
 GOLDEN = Path(__file__).parent / "golden" / "coco_mini_val_predictions.npz"
 
 
@@ -164,7 +164,7 @@ def test_values_that_are_not_finite_are_refused_by_image(field: str, value: floa
 
 def test_detections_of_an_unknown_image_are_refused() -> None:
     with pytest.raises(UserError, match="image b"):
-        score(TWO_OBJECTS, ["a", 2], PERFECT, "faster-coco-eval")
+        score(TWO_OBJECTS, ["a", 2], PERFECT, "hotcoco")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,4 +1,4 @@
-"""Scoring 5,000 images with 100 detections each: faster-coco-eval as called here beside pycocotools."""
+"""Scoring 5,000 images with 100 detections each: hotcoco as called here beside pycocotools."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def measure(device: torch.device, quick: bool) -> Part:
     scores: dict[str, Scores] = {}
 
     def ours() -> None:
-        scores["ours"] = score(truth, ids, detections, "faster-coco-eval")
+        scores["ours"] = score(truth, ids, detections, "hotcoco")
 
     def reference() -> None:
         scores["pycocotools"] = score(truth, ids, detections, "pycocotools")

@@ -17,7 +17,7 @@ import torch
 Call = Callable[[], Any]
 Row = dict[str, Any]  # one line of a table; always with `case` and `name`, what is compared and who ran it
 
-PACKAGES = ("torch", "torchvision", "lightning-fabric", "transformers", "pillow", "pycocotools", "faster-coco-eval")
+PACKAGES = ("torch", "torchvision", "lightning-fabric", "transformers", "pillow", "pycocotools", "hotcoco")
 
 
 class Part(NamedTuple):
