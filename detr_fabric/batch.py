@@ -32,16 +32,32 @@ class Target(NamedTuple):
 
 def pad_images(images: list[Tensor], multiple: int = 1) -> ImageBatch:
     """Collates (3, h, w) images into one batch, zero-padded to the largest height and width."""
-    height, width = (-(-max(image.shape[side] for image in images) // multiple) * multiple for side in (-2, -1))
     # Decoded and resized images have their channels last; the batch too then, or each pixel is copied by itself.
     layout = torch.channels_last if images[0].stride(0) == 1 else torch.contiguous_format
-    batch = torch.empty(len(images), 3, height, width, dtype=images[0].dtype, memory_format=layout).zero_()
-    mask = torch.ones(len(images), height, width, dtype=torch.bool)
-    for image, pixels, padding in zip(images, batch, mask, strict=True):
-        h, w = image.shape[-2:]
-        pixels[:, :h, :w] = image
-        padding[:h, :w] = False
-    return ImageBatch(batch, mask)
+    sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+    batch, places = padding_for(sizes, multiple, images[0].dtype, layout)
+    for image, place in zip(images, places, strict=True):
+        place.copy_(image)
+    return batch
+
+
+def padding_for(
+    sizes: list[tuple[int, int]],
+    multiple: int = 1,
+    dtype: torch.dtype = torch.uint8,
+    layout: torch.memory_format = torch.channels_last,
+) -> tuple[ImageBatch, list[Tensor]]:
+    """A batch for images of these (height, width), of which nothing but the padding is there, and a view of the place
+    (3, height, width) that each of them has to fill."""
+    height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes, strict=True))
+    batch = torch.empty(len(sizes), 3, height, width, dtype=dtype, memory_format=layout)
+    mask = torch.zeros(len(sizes), height, width, dtype=torch.bool)
+    places = []
+    for (h, w), pixels, padding in zip(sizes, batch, mask, strict=True):
+        pixels[:, h:], pixels[:, :h, w:] = 0, 0
+        padding[h:], padding[:h, w:] = True, True
+        places.append(pixels[:, :h, :w])
+    return ImageBatch(batch, mask), places
 
 
 def normalize(batch: ImageBatch) -> ImageBatch:

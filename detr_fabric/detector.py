@@ -28,7 +28,7 @@ from detr_fabric.config import Config, Precision
 from detr_fabric.data.categories import Categories
 from detr_fabric.data.images import read_image, to_tensor
 from detr_fabric.data.loader import MicroBatch
-from detr_fabric.data.transforms import EvalTransform
+from detr_fabric.data.transforms import EvalTransform, resize, size_of
 from detr_fabric.errors import UserError
 from detr_fabric.evaluation import detect_batch
 from detr_fabric.launch import single_device
@@ -95,9 +95,8 @@ class Detector:
 
     def prepare(self, image: Tensor) -> Prepared:
         """(3, H, W) uint8 → the same, resized as in evaluation."""
-        no_boxes, no_labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-        resized, *_ = self.transform(image, no_boxes, no_labels, random.Random(0))
-        return Prepared(resized, (image.shape[-2], image.shape[-1]))
+        original = size_of(image)
+        return Prepared(resize(image, self.transform.size(*original, random.Random(0))), original)
 
     def batch(self, images: Sequence[Prepared]) -> MicroBatch:
         """Images as evaluation batches them, with targets that know their sizes and no objects."""

@@ -1,7 +1,7 @@
 """COCO's 12 statistics and per-class AP of a set of detections, by either library.
 
-pycocotools is the reference, hotcoco gives the same numbers sooner. Both read the same ground truth and the same rows of
-detections: neither loader's numbering or failure on empty lists comes into it. Q detections of an image, N of all.
+pycocotools is the reference, hotcoco gives the same numbers sooner. Both read the same ground truth and the same rows
+of detections: neither loader's numbering or failure on empty lists comes into it. Q detections of an image, N of all.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ def _reference(ground_truth: dict[str, Any], rows: np.ndarray) -> Any:
         for number, (image, *box, value, category) in enumerate(rows.tolist(), start=1)
     ]
     sides = []
-    for annotations in ([*map(dict, ground_truth["annotations"])], results):
+    for boxes in ([*map(dict, ground_truth["annotations"])], results):
         coco = COCO()
-        coco.dataset = {**ground_truth, "annotations": annotations}
+        coco.dataset = {**ground_truth, "annotations": boxes}
         coco.createIndex()
         sides.append(coco)
     return COCOeval(*sides, iouType="bbox")

@@ -25,7 +25,7 @@ from detr_fabric.data.loader import EvalLoader, TrainLoader
 from detr_fabric.data.padding import padding_of, passes, pixels
 from detr_fabric.data.report import padding_summary
 from detr_fabric.data.sampler import step_batches
-from detr_fabric.data.transforms import EvalTransform, TrainTransform
+from detr_fabric.data.transforms import EvalTransform, TrainTransform, resize
 from detr_fabric.evaluation import evaluate
 from tests.processes import Job, records
 from tests.test_model import small_detr
@@ -77,8 +77,8 @@ def test_the_shape_of_a_sample_is_known_before_its_image_is_read(h: int, w: int,
     picture = torch.zeros(3, h, w, dtype=torch.uint8)
     nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
     for each in (transform, EvalTransform(40, 64)):
-        found, _, _ = each(picture, *nothing, random.Random(seed))
-        assert each.size(h, w, random.Random(seed)) == tuple(found.shape[-2:])
+        (found, _, _), size = each(picture, *nothing, random.Random(seed))
+        assert each.size(h, w, random.Random(seed)) == size == tuple(resize(found, size).shape[-2:])
 
 
 splits = st.tuples(st.integers(1, 8), st.integers(1, 4), st.integers(1, 4))  # batch size, accumulated, ranks

@@ -67,9 +67,24 @@ def test_palette_with_alpha_keeps_its_colours_without_a_warning(
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-@pytest.mark.parametrize("progressive", [False, True])
-def test_jpeg_gives_pillows_pixels_whatever_its_name(tmp_path: Path, mode: str, progressive: bool) -> None:
-    path = saved(tmp_path / "photo.png", picture().convert(mode), format="JPEG", quality=90, progressive=progressive)
+@pytest.mark.parametrize(
+    "how", [{}, {"progressive": True}, {"subsampling": "4:4:4"}, {"subsampling": "4:2:2"}, {"keep_rgb": True}]
+)
+@pytest.mark.parametrize("size", [(40, 60), (41, 59)])
+def test_jpeg_gives_pillows_pixels_whatever_its_name(
+    tmp_path: Path, mode: str, how: dict[str, object], size: tuple[int, int]
+) -> None:
+    path = saved(tmp_path / "photo.png", picture(*size).convert(mode), format="JPEG", quality=90, **how)
+    np.testing.assert_array_equal(pixels(path), as_rgb(path))
+
+
+def test_a_jpeg_with_rubbish_in_it_that_pillow_forgives_is_read_by_pillow(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.jpg", picture())
+    data = path.read_bytes()
+    scan = data.index(b"\xff\xda")
+    path.write_bytes(data[:scan] + b"rubbish" + data[scan:])
+    with pytest.raises(ValueError, match="extraneous bytes"):
+        images._sound_jpeg(path.read_bytes())
     np.testing.assert_array_equal(pixels(path), as_rgb(path))
 
 
@@ -187,3 +202,5 @@ def test_damaged_files_give_an_image_or_a_sentence(
         assert str(path) in str(error) and "\n" not in str(error)
     else:
         assert image.dtype == torch.uint8 and image.shape[0] == 3 and image.shape[1:].numel() <= images.MAX_PIXELS
+        if name == "a.jpg":
+            np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), as_rgb(path))

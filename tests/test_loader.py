@@ -100,9 +100,9 @@ def test_skipped_steps_are_not_read_and_the_rest_is_the_same(
     loader = train_loader(dataset)
     everything = list(loader.epoch(3))
     read: list[tuple[int, int]] = []
-    original = CocoDetection.__getitem__
+    original = CocoDetection.before_resize
     monkeypatch.setattr(
-        CocoDetection, "__getitem__", lambda self, sample: read.append(sample) or original(self, sample)
+        CocoDetection, "before_resize", lambda self, sample: read.append(sample) or original(self, sample)
     )
     assert_same(everything[3:], list(loader.epoch(3, skip=3)))
     assert len(read) == 2 * 4
@@ -191,10 +191,10 @@ def test_too_few_images_are_refused_before_training(dataset: CocoDetection) -> N
 class Slow(CocoDetection):
     """Waits at images with odd ids."""
 
-    def __getitem__(self, sample: tuple[int, int]) -> tuple[torch.Tensor, Target]:
+    def before_resize(self, sample: tuple[int, int]) -> tuple[torch.Tensor, Target]:
         if sample[1] % 2:
             time.sleep(2)
-        return super().__getitem__(sample)
+        return super().before_resize(sample)
 
 
 @pytest.mark.faults

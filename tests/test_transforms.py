@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
+from detr_fabric.batch import padding_for
 from detr_fabric.boxes import xyxy_to_cxcywh
 from detr_fabric.config import COCO_SCALES
 from detr_fabric.data.transforms import (
@@ -23,6 +25,7 @@ from detr_fabric.data.transforms import (
     hflip,
     random_region,
     resize,
+    resize_boxes,
     resized_size,
 )
 
@@ -76,9 +79,9 @@ def test_crop_is_the_originals_and_drops_boxes_without_area(case: dict[str, Any]
 @pytest.mark.parametrize("case", CASES)
 def test_resize_and_normalised_boxes_are_the_originals(case: dict[str, Any]) -> None:
     image, boxes, _ = blank(case)
-    image, boxes = resize(image, boxes, 320, 500)
-    assert_is(case["resize_320_500"], image, boxes)
-    height, width = image.shape[-2:]
+    height, width = resized_size(case["height"], case["width"], 320, 500)
+    boxes = resize_boxes(boxes, (case["height"], case["width"]), (height, width))
+    assert_is(case["resize_320_500"], image := resize(image, (height, width)), boxes)
     normalised = xyxy_to_cxcywh(boxes) / boxes.new_tensor([width, height, width, height])
     assert_is(case["normalized_after_resize"], image, normalised)
 
@@ -105,21 +108,41 @@ def test_crop_is_a_view_with_the_pixels_under_the_box() -> None:
 
 
 @pytest.mark.parametrize("size", [(97, 140), (300, 200), (64, 64)])
-@pytest.mark.parametrize("target", [48, 160])
-def test_resized_pixels_are_pillows_to_two_levels(size: tuple[int, int], target: int) -> None:
+@pytest.mark.parametrize("target", [48, 65, 160])
+@pytest.mark.parametrize("view", ["whole", "cropped"])
+def test_resized_pixels_are_exact_to_one_level_and_pillows_to_two(
+    size: tuple[int, int], target: int, view: str
+) -> None:
     image = picture(*size)
-    ours, _ = resize(image, torch.zeros(0, 4), target, 1333)
-    height, width = ours.shape[-2:]
+    if view == "cropped":
+        image = image[:, 3:-5, 7:-2]
+    height, width = resized_size(image.shape[1], image.shape[2], target, 1333)
+    ours = resize(image, (height, width))
+    assert ours.shape == (3, height, width)
     pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width, height), Image.Resampling.BILINEAR)
     difference = (ours.permute(1, 2, 0).int() - torch.from_numpy(np.array(pillow)).int()).abs()
-    assert difference.max() <= 2
-    assert difference.float().mean() < 0.1
+    assert difference.max() <= 2 and difference.float().mean() < 0.3
+    exact = interpolate(image[None].double(), (height, width), mode="bilinear", antialias=True)[0]
+    assert (ours - exact).abs().max() <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("size", [(64, 80), (32, 40), (32, 160), (130, 160)])
+def test_a_resize_into_a_batch_writes_the_same_pixels_and_leaves_the_padding(size: tuple[int, int]) -> None:
+    image = picture(64, 80)
+    batch, (_, place) = padding_for([(140, 50), size], multiple=8)
+    assert resize(image, size, out=place) is place
+    height, width = size
+    assert torch.equal(batch.images[1, :, :height, :width], resize(image, size))
+    assert not batch.images[1, :, height:].any() and not batch.images[1, :, :, width:].any()
+    assert batch.mask[1, height:].all() and batch.mask[1, :, width:].all()
+    assert not batch.mask[1, :height, :width].any()
 
 
 def test_resizing_to_the_same_size_returns_the_image_itself() -> None:
     image, boxes = picture(64, 80), torch.tensor([[1.0, 2, 3, 4]])
-    assert resize(image, boxes, 64, 1333)[0] is image
-    assert EvalTransform(64, 128)(image, boxes, torch.tensor([0]), random.Random(0))[0] is image
+    assert resize(image, (64, 80)) is image
+    (untouched, _, _), size = EvalTransform(64, 128)(image, boxes, torch.tensor([0]), random.Random(0))
+    assert untouched is image and size == (64, 80)
 
 
 def test_extreme_shapes_keep_at_least_one_pixel_a_side() -> None:
@@ -128,8 +151,8 @@ def test_extreme_shapes_keep_at_least_one_pixel_a_side() -> None:
     image = torch.zeros(3, 1, 5000, dtype=torch.uint8)
     augment = TrainTransform((64,), 128, 0.5, crop=True)
     for seed in range(8):
-        augmented, _, _ = augment(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), random.Random(seed))
-        assert min(augmented.shape[-2:]) >= 1
+        (cut, _, _), size = augment(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), random.Random(seed))
+        assert min(size) >= 1 and resize(cut, size).shape == (3, *size)
 
 
 def test_random_regions_have_the_originals_sides_and_stay_inside() -> None:
@@ -150,11 +173,11 @@ def test_training_augmentation_has_the_originals_frequencies() -> None:
     scales = set()
     for seed in range(300):
         # A flip alone moves the box of the left half to the right half.
-        _, moved, _ = TrainTransform((50,), 100, 0.5, crop=False)(image, boxes, labels, random.Random(seed))
+        (_, moved, _), _ = TrainTransform((50,), 100, 0.5, crop=False)(image, boxes, labels, random.Random(seed))
         flipped += moved[0, 0].item() == 30
-        resized, _, _ = TrainTransform((32, 40, 48), 100, 0.0, crop=True)(image, boxes, labels, random.Random(seed))
-        cropped += tuple(resized.shape[-2:]) not in {(32, 38), (40, 48), (48, 57)}
-        scales.add(min(resized.shape[-2:]))
+        _, size = TrainTransform((32, 40, 48), 100, 0.0, crop=True)(image, boxes, labels, random.Random(seed))
+        cropped += size not in {(32, 38), (40, 48), (48, 57)}
+        scales.add(min(size))
     assert 120 < flipped < 180
     assert 100 < cropped < 180  # some crops have the proportions of the image
     assert scales == {32, 40, 48}
@@ -168,7 +191,8 @@ def test_augmentation_is_a_function_of_its_generator_alone() -> None:
     first = augment(image, boxes, torch.tensor([3]), random.Random("a"))
     state, torch_state = random.getstate(), torch.get_rng_state()
     second = augment(image, boxes, torch.tensor([3]), random.Random("a"))
-    for a, b in zip(first, second, strict=True):
+    assert first[1] == second[1]
+    for a, b in zip(first[0], second[0], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert random.getstate() == state
     assert torch.equal(torch.get_rng_state(), torch_state)
@@ -179,4 +203,4 @@ def test_transforms_can_be_sent_to_spawned_workers() -> None:
     for transform in (TrainTransform(COCO_SCALES, 1333, 0.5, True), EvalTransform(800, 1333)):
         copy = pickle.loads(pickle.dumps(transform))
         ours, theirs = transform(image, boxes, labels, random.Random(5)), copy(image, boxes, labels, random.Random(5))
-        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[0][0], theirs[0][0]) and ours[1] == theirs[1]

@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as F
 
-from detr_fabric.batch import IMAGENET_MEAN, IMAGENET_STD, ImageBatch, normalize, pad_images
+from detr_fabric.batch import IMAGENET_MEAN, IMAGENET_STD, ImageBatch, normalize
 from detr_fabric.benchmark.measure import Call, Part, interleaved, rows
 from detr_fabric.config import COCO_SCALES
 from detr_fabric.data.annotations import clip_boxes
 from detr_fabric.data.coco import CocoDetection, read_annotations
+from detr_fabric.data.loader import Batches
 from detr_fabric.data.transforms import CROP_SCALES, CROP_SIDES, EvalTransform, TrainTransform, resized_size
 from detr_fabric.errors import UserError
 
@@ -84,7 +85,10 @@ def _apart(ours: ImageBatch, theirs: ImageBatch) -> float:
 
 def load(data: CocoDetection, epoch: int, batch: list[int]) -> ImageBatch:
     """Ours: uint8 until the batch is on the device."""
-    return pad_images([data[(epoch, index)][0] for index in batch])
+    loaded = Batches(data, pad_multiple=1, max_batch_pixels=None)[[(epoch, index) for index in batch]]
+    if isinstance(loaded, UserError):
+        raise loaded
+    return loaded[0][0]
 
 
 def load_classic(data: CocoDetection, epoch: int, batch: list[int], augment: Augment) -> ImageBatch:
@@ -96,7 +100,12 @@ def load_classic(data: CocoDetection, epoch: int, batch: list[int], augment: Aug
         boxes = clip_boxes(data.annotations.boxes[data.annotations.objects(index)], image.height, image.width)
         image, _ = augment(image, torch.from_numpy(boxes), random.Random(f"{SEED}-{epoch}-{index}"))
         images.append(F.normalize(F.to_tensor(image), list(IMAGENET_MEAN), list(IMAGENET_STD)))
-    return pad_images(images)
+    height, width = (max(image.shape[side] for image in images) for side in (1, 2))
+    padded, mask = torch.zeros(len(images), 3, height, width), torch.ones(len(images), height, width, dtype=torch.bool)
+    for image, pixels, padding in zip(images, padded, mask, strict=True):
+        pixels[:, : image.shape[1], : image.shape[2]].copy_(image)
+        padding[: image.shape[1], : image.shape[2]] = False
+    return ImageBatch(padded, mask)
 
 
 def augment_classic(image: Image.Image, boxes: Tensor, rng: random.Random) -> tuple[Image.Image, Tensor]:
@@ -128,8 +137,8 @@ def _resize(image: Image.Image, boxes: Tensor, size: int, max_size: int | None) 
 
 
 def write_images(root: Path, count: int) -> None:
-    """JPEGs with the spectrum of natural images (amplitude 1/f), whose size and detail decide what decoding costs, each
-    with COCO's mean of 7 objects."""
+    """JPEGs as most of COCO's are, of its sizes and without subsampled colours, each with its mean of 7 objects. Their
+    spectrum, amplitude 1/f^1.4, is such that files have COCO's mean size, 163 kB: it decides what decoding costs."""
     rng = np.random.default_rng(SEED)
     (root / "train2017").mkdir()
     (root / "annotations").mkdir()
@@ -137,12 +146,13 @@ def write_images(root: Path, count: int) -> None:
     for number in range(1, count + 1):
         height, width = SIZES[number % len(SIZES)]
         frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(width), np.fft.fftfreq(height)))[..., None]
-        spectrum = np.fft.fft2(rng.standard_normal((height, width, 3)), axes=(0, 1)) / (frequency + 1 / width)
+        spectrum = np.fft.fft2(rng.standard_normal((height, width, 3)), axes=(0, 1)) / (frequency + 1 / width) ** 1.4
         grey_and_colour = np.fft.ifft2(spectrum, axes=(0, 1)).real @ np.array(
             [[1, 1, 1], [0.2, 0, -0.2], [0, 0.2, -0.2]]
         )
         pixels = 120 + 60 * grey_and_colour / grey_and_colour.std()
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / "train2017" / f"{number}.jpg", quality=94)
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        image.save(root / "train2017" / f"{number}.jpg", quality=90, subsampling="4:4:4")
         images.append({"id": number, "file_name": f"{number}.jpg", "height": height, "width": width})
         objects += [{"image_id": number, "category_id": 1, "bbox": [20 * i, 30 * i, 200, 150]} for i in range(7)]
     content = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "thing"}]}

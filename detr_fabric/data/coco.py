@@ -17,7 +17,7 @@ from detr_fabric.data.annotations import Annotations, clip_boxes, read_annotatio
 from detr_fabric.data.categories import Categories
 from detr_fabric.data.images import read_image
 from detr_fabric.data.sampler import Sample
-from detr_fabric.data.transforms import Transform
+from detr_fabric.data.transforms import Transform, resize
 from detr_fabric.errors import UserError
 
 __all__ = ["Annotations", "Categories", "CocoDetection", "read_annotations"]
@@ -60,7 +60,13 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return cast("list[int] | list[str]", self.annotations.image_ids.tolist())
 
     def __getitem__(self, sample: Sample) -> tuple[Tensor, Target]:
-        """(epoch, index) → (3, H, W) uint8 image after the transform, and its Target without crowds.
+        """(epoch, index) → (3, H, W) uint8 image after the transform, and its Target without crowds. Raises UserError
+        as before_resize does."""
+        image, target = self.before_resize(sample)
+        return resize(image, target.size), target
+
+    def before_resize(self, sample: Sample) -> tuple[Tensor, Target]:
+        """The same but for the last step: the image is still to be resized to Target.size.
 
         Raises UserError where `bad_images` says stop, or for IN_A_ROW bad ones.
         """
@@ -77,8 +83,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
                 return self._blank(index, fault)
             index, (image, boxes, labels) = self._next_readable(index, error)
         orig_height, orig_width = image.shape[-2:]
-        image, boxes, labels = self.transform(image, boxes, labels, rng)
-        height, width = image.shape[-2:]
+        (image, boxes, labels), (height, width) = self.transform(image, boxes, labels, rng)
         target = Target(
             labels=labels,
             boxes=xyxy_to_cxcywh(boxes) / boxes.new_tensor([width, height, width, height]),

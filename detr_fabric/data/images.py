@@ -1,8 +1,7 @@
 """Image files → (3, H, W) uint8 RGB, with every broken file turned into one sentence.
 
-Pillow decodes, as in the original: the same pixels as torchvision's decoders, whose JPEG is 0.4 ms an image faster but
-deprecated, and whose PNG dies with SIGSEGV on corrupt files. Pixels are not turned by EXIF orientation: COCO's boxes
-refer to the pixels as stored.
+Pillow decodes, as in the original, but for sound JPEG files, of which simplejpeg makes the same pixels sooner.
+Pixels are not turned by EXIF orientation: COCO's boxes refer to the pixels as stored.
 """
 
 from __future__ import annotations
@@ -10,9 +9,11 @@ from __future__ import annotations
 import io
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
@@ -31,6 +32,8 @@ def read_image(path: Path) -> Tensor:
     MAX_PIXELS pixels (checked in the header, before decoding).
     """
     data = _read_bytes(path)
+    with suppress(ValueError):  # then Pillow, which forgives more, has the last word
+        return _sound_jpeg(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below
@@ -46,6 +49,14 @@ def read_image(path: Path) -> Tensor:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged or not supported ({reason}): replace the file") from error
+
+
+def _sound_jpeg(data: bytes) -> Tensor:
+    """(3, H, W) uint8 RGB. Raises ValueError for all but a JPEG in colour or grey without any fault, and no bomb."""
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    if colours not in ("YCbCr", "RGB", "Gray") or height * width > MAX_PIXELS:
+        raise ValueError("not for simplejpeg")
+    return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

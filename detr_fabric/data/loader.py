@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from detr_fabric.batch import ImageBatch, Target, pad_images
+from detr_fabric.batch import ImageBatch, Target, padding_for
 from detr_fabric.config import DataConfig
 from detr_fabric.data import sampler, shapes
 from detr_fabric.data.coco import Annotations, Categories, CocoDetection, read_annotations
@@ -24,7 +24,7 @@ from detr_fabric.data.layouts import root_paths
 from detr_fabric.data.padding import Padding, padding_of, passes
 from detr_fabric.data.sampler import Sample
 from detr_fabric.data.split import split
-from detr_fabric.data.transforms import EvalTransform, TrainTransform
+from detr_fabric.data.transforms import EvalTransform, TrainTransform, resize
 from detr_fabric.errors import UserError
 
 MicroBatch = tuple[ImageBatch, list[Target]]
@@ -152,7 +152,7 @@ class _BatchStream:
         self.order = _Order()
         self.in_flight = max(1, PREFETCH * workers)
         self.loader = DataLoader(
-            _Batches(dataset, pad_multiple, max_batch_pixels),
+            Batches(dataset, pad_multiple, max_batch_pixels),
             batch_size=None,  # an item is a whole batch already
             sampler=self.order,
             num_workers=workers,
@@ -203,7 +203,7 @@ class _Order:
         return len(self.batches)
 
 
-class _Batches(Dataset[Any]):
+class Batches(Dataset[Any]):
     """A list of samples → one padded batch and its packed targets, or several of at most max_batch_pixels.
 
     A UserError is returned, not raised: DataLoader would bury its sentence in the worker's traceback.
@@ -216,14 +216,17 @@ class _Batches(Dataset[Any]):
 
     def __getitem__(self, samples: list[Sample]) -> list[tuple[ImageBatch, list[_Packed]]] | UserError:
         try:
-            images, targets = zip(*[self.dataset[sample] for sample in samples], strict=True)
+            images, targets = zip(*[self.dataset.before_resize(sample) for sample in samples], strict=True)
         except UserError as error:
             return error
         parts = passes([target.size for target in targets], self.max_batch_pixels, self.pad_multiple)
-        return [
-            (pad_images([images[p] for p in part], self.pad_multiple), [_packed(targets[p]) for p in part])
-            for part in parts
-        ]
+        batches = []
+        for part in parts:
+            batch, places = padding_for([targets[p].size for p in part], self.pad_multiple)
+            for p, place in zip(part, places, strict=True):
+                resize(images[p], targets[p].size, out=place)
+            batches.append((batch, [_packed(targets[p]) for p in part]))
+        return batches
 
 
 def _packed(target: Target) -> _Packed:

@@ -9,11 +9,13 @@ import random
 from dataclasses import dataclass
 from typing import Protocol
 
+import cv2
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 Sample = tuple[Tensor, Tensor, Tensor]  # image, boxes, labels
+Size = tuple[int, int]  # height, width
 
 CROP_SCALES = (400, 500, 600)  # shorter sides before a crop
 CROP_SIDES = (384, 600)  # smallest and largest side of a crop
@@ -22,12 +24,14 @@ CROP_MAX_SIZE = 20_000
 
 
 class Transform(Protocol):
-    """What is done to every image."""
+    """What is done to every image up to its last resize, which writes straight into the batch."""
 
-    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor, rng: random.Random) -> Sample: ...
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor, rng: random.Random) -> tuple[Sample, Size]:
+        """The image that is to be resized to this size, and boxes and labels as they are then."""
+        ...
 
-    def size(self, height: int, width: int, rng: random.Random) -> tuple[int, int]:
-        """(height, width) that an image of this size gets with a generator in the same state."""
+    def size(self, height: int, width: int, rng: random.Random) -> Size:
+        """The size that an image of this one gets with a generator in the same state."""
         ...
 
 
@@ -41,17 +45,18 @@ class TrainTransform:
     flip: float
     crop: bool
 
-    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor, rng: random.Random) -> Sample:
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor, rng: random.Random) -> tuple[Sample, Size]:
+        """As in Transform."""
         if rng.random() < self.flip:
             image, boxes = hflip(image, boxes)
         if self.crop and rng.random() >= 0.5:
-            image, boxes = resize(image, boxes, rng.choice(CROP_SCALES), CROP_MAX_SIZE)
-            height, width = image.shape[-2:]
-            image, boxes, labels = crop_region(image, boxes, labels, random_region(height, width, rng))
-        image, boxes = resize(image, boxes, rng.choice(self.scales), self.max_size)
-        return image, boxes, labels
+            size = resized_size(*size_of(image), rng.choice(CROP_SCALES), CROP_MAX_SIZE)
+            image, boxes = resize(image, size), resize_boxes(boxes, size_of(image), size)
+            image, boxes, labels = crop_region(image, boxes, labels, random_region(*size, rng))
+        size = resized_size(*size_of(image), rng.choice(self.scales), self.max_size)
+        return (image, resize_boxes(boxes, size_of(image), size), labels), size
 
-    def size(self, height: int, width: int, rng: random.Random) -> tuple[int, int]:
+    def size(self, height: int, width: int, rng: random.Random) -> Size:
         """As in Transform: the same draws in the same order as when it is called."""
         rng.random()
         if self.crop and rng.random() >= 0.5:
@@ -67,13 +72,19 @@ class EvalTransform:
     scale: int
     max_size: int
 
-    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor, rng: random.Random) -> Sample:
-        image, boxes = resize(image, boxes, self.scale, self.max_size)
-        return image, boxes, labels
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor, rng: random.Random) -> tuple[Sample, Size]:
+        """As in Transform."""
+        size = self.size(*size_of(image), rng)
+        return (image, resize_boxes(boxes, size_of(image), size), labels), size
 
-    def size(self, height: int, width: int, rng: random.Random) -> tuple[int, int]:
+    def size(self, height: int, width: int, rng: random.Random) -> Size:
         """As in Transform."""
         return resized_size(height, width, self.scale, self.max_size)
+
+
+def size_of(image: Tensor) -> Size:
+    """(height, width) of a (3, H, W) image."""
+    return image.shape[-2], image.shape[-1]
 
 
 def hflip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,16 +104,29 @@ def resized_size(height: int, width: int, size: int, max_size: int | None) -> tu
     return (int(size * height / width), size) if width < height else (size, int(size * width / height))
 
 
-def resize(image: Tensor, boxes: Tensor, size: int, max_size: int | None) -> tuple[Tensor, Tensor]:
-    """Antialiased bilinear resize of the image, and of its boxes by the ratios of the sides."""
-    height, width = image.shape[-2:]
-    new_height, new_width = resized_size(height, width, size, max_size)
+def resize(image: Tensor, size: Size, out: Tensor | None = None) -> Tensor:
+    """Antialiased bilinear resize of (3, H, W) to (3, *size), into `out` where that is given, which has its channels
+    last in memory. An image that has the size already is returned as it is, or copied."""
+    (height, width), (new_height, new_width) = size_of(image), size
     if (new_height, new_width) == (height, width):
-        return image, boxes
-    pixels = image[None].contiguous(memory_format=torch.channels_last)  # as decoded; crops are faster so, too
-    image = interpolate(pixels, (new_height, new_width), mode="bilinear", antialias=True)[0]
-    x, y = new_width / width, new_height / height
-    return image, boxes * boxes.new_tensor([x, y, x, y])
+        resized = image
+    elif new_height >= height and new_width >= width:  # nothing shrinks, so there is nothing to smooth
+        resized = torch.empty(*size, 3, dtype=torch.uint8).permute(2, 0, 1) if out is None else out
+        cv2.setNumThreads(0)  # its threads would be missed, and waited for, in a forked process
+        source, target = (x.permute(1, 2, 0).numpy() for x in (image, resized))
+        result = cv2.resize(source, (new_width, new_height), dst=target, interpolation=cv2.INTER_LINEAR)
+        assert result.ctypes.data == target.ctypes.data, "written elsewhere"
+        return resized
+    else:
+        pixels = image[None].contiguous(memory_format=torch.channels_last)  # as decoded; crops are faster so, too
+        resized = interpolate(pixels, size, mode="bilinear", antialias=True)[0]
+    return resized if out is None else out.copy_(resized)
+
+
+def resize_boxes(boxes: Tensor, old: Size, new: Size) -> Tensor:
+    """Boxes of an image of the old size in one of the new, by the ratios of the sides."""
+    x, y = new[1] / old[1], new[0] / old[0]
+    return boxes * boxes.new_tensor([x, y, x, y])
 
 
 def random_region(full_height: int, full_width: int, rng: random.Random) -> tuple[int, int, int, int]:
