@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -32,7 +32,7 @@ from detr_fabric.launch import build_fabric, end_together, make_deterministic, s
 from detr_fabric.loss.criterion import Losses, SetCriterion
 from detr_fabric.memory import within_memory
 from detr_fabric.model.detr import build_model
-from detr_fabric.nonfinite import BatchStatistics, drop_step, is_overflow
+from detr_fabric.nonfinite import BatchStatistics, HostCopy, Judge, loss_scale
 from detr_fabric.optimizer import build_optimizer, build_scheduler
 from detr_fabric.preflight import preflight
 from detr_fabric.recorder import Recorder, count_parameters
@@ -45,12 +45,18 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """What came of an optimizer step."""
+    """The gradient of an optimizer step is there: this is what came of it, and what it came of."""
 
+    number: int  # from 1
+    micro_batches: list[MicroBatch]
+    normalizers: Tensor  # (2,) num_boxes, class_weight_sum
+    dropout_seed: int
+    statistics: BatchStatistics  # as they were before
     losses: Losses
     grad_norm: Tensor
-    interrupted: bool  # on any rank, the same on all
-    dropped: str | None  # why the weights did not change, if something was not finite
+    finite: HostCopy  # whether the gradient is, the same on all ranks
+    ranks: HostCopy  # ranks that were asked to stop, images that could not be read: means over ranks
+    loss_scale: float | None  # fp16's
 
 
 class Run(NamedTuple):
@@ -192,6 +198,7 @@ def fit(run: Run) -> None:
     ):
         state.wandb_run_id = recorder.wandb_run_id
         saver = Saver(run, recorder.progress.say)
+        judge = Judge(run, recorder)
         introduce(run, recorder)
         while state.step < run.total_steps or state.evaluated < state.step:
             run.model.train()
@@ -200,28 +207,37 @@ def fit(run: Run) -> None:
                 if state.step >= run.total_steps:
                     break
                 with within_memory(cfg, run.fabric.device, micro_batches, state.step + 1):
-                    losses, grad_norm, interrupted, dropped = training_step(run, micro_batches)
+                    step = training_step(run, micro_batches)
+                    if judge.drops():  # the step before this one, of which the device has told meanwhile
+                        step = training_step(run, micro_batches)
+                    update(run, step)
+                judge.waiting = step
                 run.scheduler.step()
                 state.step += 1
                 state.step_in_epoch += 1
-                faults = [t.fault for _, targets in micro_batches for t in targets if t.fault is not None]
-                state.skipped += recorder.skipped(faults, state.step)
-                if state.step % cfg.train.log_every == 0 or state.step == run.total_steps:
+                asked_to_stop, unreadable = step.ranks.read()
+                if unreadable:
+                    state.skipped += recorder.skipped(micro_batches, state.step)
+                logging = state.step % cfg.train.log_every == 0 or state.step == run.total_steps
+                if logging or asked_to_stop or step.loss_scale is not None:
+                    judge.drops()
+                if logging:
                     numbers = meter.read()
                     if state.skipped:
                         numbers["skipped_images"] = state.skipped
                     if cfg.train.compile:
                         numbers["compiled_graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-                    recorder.training(losses, run.criterion.weights, grad_norm, run.optimizer, numbers, state.step)
+                    recorder.training(
+                        step.losses, run.criterion.weights, step.grad_norm, run.optimizer, numbers, state.step
+                    )
                 else:
                     recorder.progress.update(state.epoch, state.step)
-                if dropped is not None:
-                    recorder.dropped(dropped, state.dropped, state.step)
-                if interrupted:
+                if asked_to_stop:
                     leave(run, recorder, saver)
-                if saver.due():
+                if saver.due() and judge.clears():
                     saver.save()
 
+            judge.drops()
             finished, epoch_done = state.step >= run.total_steps, state.step_in_epoch == loader.steps_per_epoch
             copies = []
             if finished or (state.epoch + 1) % cfg.eval.every == 0:
@@ -292,19 +308,22 @@ def introduce(run: Run, recorder: Recorder) -> None:
 
 
 def training_step(run: Run, micro_batches: list[MicroBatch]) -> Step:
-    """One optimizer step over the gradients of all micro-batches; returns their losses and the gradient's norm.
+    """The gradient of an optimizer step, clipped, summed over all micro-batches and averaged over ranks.
 
-    Ranks may have unequally many micro-batches, for they meet in the last one's backward pass alone. Where something is
-    not finite, all ranks raise EveryRankError or leave weights and statistics as they were.
+    Ranks may have unequally many micro-batches, for they meet in the last one's backward pass alone. The host waits for
+    the device once in each pass: for the costs that it matches by.
     """
     cfg, fabric, model, criterion = run.cfg, run.fabric, run.model, run.criterion
     dropout_seed = random.Random(f"dropout-{cfg.train.seed}-{run.state.step}-{fabric.global_rank}").getrandbits(63)
     torch.manual_seed(dropout_seed)
     all_targets = [target for _, targets in micro_batches for target in targets]
     normalizers = criterion.normalizers(all_targets, cfg.model.num_queries)
-    counts = torch.tensor([*normalizers, float(run.preemption.requested is not None)], device=fabric.device)
-    mean_counts = cast(Tensor, fabric.all_reduce(counts, reduce_op="mean"))
-    num_boxes, class_weight_sum, asked_to_stop = mean_counts
+    faults = sum(target.fault is not None for target in all_targets)
+    mine = torch.tensor([*normalizers, float(run.preemption.requested is not None), float(faults)])
+    # a copy that blocks would wait for all that the device still has to do of the step before
+    means = cast(Tensor, fabric.all_reduce(mine.to(fabric.device, non_blocking=True), reduce_op="mean"))
+    num_boxes, class_weight_sum = means[:2]
+    ranks = HostCopy(means[2:])
 
     statistics = BatchStatistics(model.module)
     parts = []
@@ -321,16 +340,29 @@ def training_step(run: Run, micro_batches: list[MicroBatch]) -> Step:
     max_norm = cfg.optim.clip_max_norm or math.inf
     grad_norm = fabric.clip_gradients(model, run.optimizer, max_norm=max_norm, error_if_nonfinite=False)
     assert grad_norm is not None
-    finite, interrupted = torch.stack([grad_norm.isfinite(), asked_to_stop > 0]).tolist()  # the step's one wait
-    dropped = None
-    if finite:
-        run.state.dropped_in_a_row = 0
-    elif not is_overflow(fabric, losses.total):
-        statistics.restore()
-        dropped = drop_step(run, micro_batches, losses, mean_counts[:2], dropout_seed)
-    run.optimizer.step()  # without gradients, after drop_step, it changes nothing but fp16's loss scale
+    return Step(
+        run.state.step + 1,
+        micro_batches,
+        means[:2],
+        dropout_seed,
+        statistics,
+        losses,
+        grad_norm,
+        HostCopy(grad_norm.isfinite()[None]),
+        ranks,
+        loss_scale(fabric),
+    )
+
+
+def update(run: Run, step: Step) -> None:
+    """Moves the weights, unless the gradient is not finite: the device sees to that, the host hears of it later."""
+    if step.loss_scale is None:
+        fused_adamw = cast(Any, run.optimizer.optimizer)
+        fused_adamw.found_inf = (~step.grad_norm.isfinite()).float()  # where it is 1 nothing changes
+    elif not all(step.finite.read()):  # the loss scaler asks the host anyway
+        run.optimizer.zero_grad()
+    run.optimizer.step()
     run.optimizer.zero_grad()
-    return Step(losses, grad_norm, interrupted, dropped)
 
 
 def add_losses(parts: list[Losses], images: list[int]) -> Losses:

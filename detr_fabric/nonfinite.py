@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from detr_fabric.batch import ImageBatch, Target, normalize
 from detr_fabric.checkpoint import save_checkpoint
 from detr_fabric.errors import EveryRankError
-from detr_fabric.loss.criterion import Losses, SetCriterion
+from detr_fabric.loss.criterion import SetCriterion
 
 if TYPE_CHECKING:
-    from detr_fabric.loop import Run
+    from detr_fabric.loop import Run, Step
+    from detr_fabric.recorder import Recorder
 
 MicroBatch = tuple[ImageBatch, list[Target]]
 BLACK_BOX = "nonfinite.pt"  # in the run folder: the first step of the latest series
@@ -46,26 +47,77 @@ class BatchStatistics:
             now.copy_(before)
 
 
-def is_overflow(fabric: Fabric, total: Tensor) -> bool:
-    """Whether a gradient that is not finite means only that fp16's loss scale is too large: the scaler then leaves out
-    the step and lowers the scale. Every rank must call, and all get the same answer."""
+class HostCopy:
+    """Numbers on their way from the device to the host, of which nobody has to wait for them: read in the next step,
+    after its matching, they have arrived."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if values.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
+
+
+class Judge:
+    """Says of each step whether it was finite, one step later: the host need not wait for the device to know.
+
+    Until then nothing is lost. The optimizer has left out such a step on the device, so weights and moments are as they
+    were, and the next step is taken once more.
+    """
+
+    def __init__(self, run: Run, recorder: Recorder) -> None:
+        self._run, self._recorder = run, recorder
+        self.waiting: Step | None = None  # the step to be judged
+
+    def drops(self) -> bool:
+        """Whether the waiting step, if there is one, was not finite and is left out, which is recorded. Every rank must
+        call. Raises EveryRankError where drop_step does."""
+        step, self.waiting = self.waiting, None
+        if step is None:
+            return False
+        if all(step.finite.read()):
+            self._run.state.dropped_in_a_row = 0
+            return False
+        if is_overflow(self._run.fabric, step):
+            return False
+        step.statistics.restore()
+        self._recorder.dropped(drop_step(self._run, step), self._run.state.dropped, step.number)
+        return True
+
+    def clears(self) -> bool:
+        """Whether nothing is wrong with the run as it is, so that it may be saved. Any rank may ask alone."""
+        return self.waiting is None or (all(self.waiting.finite.read()) and not self.drops())
+
+
+def loss_scale(fabric: Fabric) -> float | None:
+    """What fp16's losses are multiplied by; None in other precisions."""
     scaler = getattr(fabric.strategy.precision, "scaler", None)
-    if scaler is None or scaler.get_scale() <= 1:  # at that scale the gradient itself has overflown
+    return None if scaler is None else scaler.get_scale()
+
+
+def is_overflow(fabric: Fabric, step: Step) -> bool:
+    """Whether a gradient that is not finite means only that fp16's loss scale was too large: the scaler then leaves out
+    the step and lowers the scale. Every rank must call, and all get the same answer."""
+    if step.loss_scale is None or step.loss_scale <= 1:  # at that scale the gradient itself has overflown
         return False
-    broken = cast(Tensor, fabric.all_reduce((~total.isfinite()).float(), reduce_op="sum"))
+    broken = cast(Tensor, fabric.all_reduce((~step.losses.total.isfinite()).float(), reduce_op="sum"))
     return broken.item() == 0
 
 
-def drop_step(run: Run, micro_batches: list[MicroBatch], losses: Losses, normalizers: Tensor, seed: int) -> str:
+def drop_step(run: Run, step: Step) -> str:
     """Finds out what is not finite in a step, saves it for replay, and returns a sentence if it is to be dropped.
 
-    normalizers: (num_boxes, class_weight_sum) of the step; seed: of its dropout. Every rank must call. Raises
-    EveryRankError unless train.on_nonfinite says skip, and after train.max_nonfinite steps in a row. No gradient is
-    left, nor does the model change.
+    Every rank must call. Raises EveryRankError unless train.on_nonfinite says skip, and after train.max_nonfinite steps
+    in a row. No gradient is left, nor does the model change.
     """
-    train, fabric, state = run.cfg.train, run.fabric, run.state
+    train, fabric, state, losses = run.cfg.train, run.fabric, run.state, step.losses
     run.optimizer.zero_grad()
-    mine = examine(fabric, run.model.module, run.criterion, micro_batches, normalizers, seed)
+    mine = examine(fabric, run.model.module, run.criterion, step.micro_batches, step.normalizers, step.dropout_seed)
     run.optimizer.zero_grad()
     parts = [name for name, value in {"loss": losses.total, **losses.parts}.items() if not value.isfinite()]
     everyone = [(mine, parts)]
@@ -78,11 +130,11 @@ def drop_step(run: Run, micro_batches: list[MicroBatch], losses: Losses, normali
     if state.dropped_in_a_row == 0:
         if fabric.global_rank == culprits[0]:
             try:
-                save_checkpoint(file, black_box(run, micro_batches, mine, normalizers, seed), keep_previous=False)
+                save_checkpoint(file, black_box(run, step, mine), keep_previous=False)
             except (OSError, RuntimeError) as error:  # torch wraps what the system says
                 cure = f"{file} can't be written ({str(error.__cause__ or error).splitlines()[0]})"
         cure = fabric.broadcast(cure, src=culprits[0])
-    sentence = f"step {state.step + 1}: {_what([everyone[rank] for rank in culprits])}; {cure}"
+    sentence = f"step {step.number}: {_what([everyone[rank] for rank in culprits])}; {cure}"
     state.dropped += 1
     state.dropped_in_a_row += 1
     if train.on_nonfinite == "stop":
@@ -179,9 +231,7 @@ def _tensors(output: object) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def black_box(
-    run: Run, micro_batches: list[MicroBatch], findings: Findings, normalizers: Tensor, seed: int
-) -> dict[str, Any]:
+def black_box(run: Run, step: Step, findings: Findings) -> dict[str, Any]:
     """Everything that losses and gradients of a step depend on, as plain tensors, numbers and strings.
 
     It has no "model", so that nothing takes it for a checkpoint to go on from.
@@ -191,14 +241,14 @@ def black_box(
         "config": run.cfg.to_dict(),
         "categories": run.train_set.categories.to_dict(),
         "precision": run.fabric.strategy.precision.precision,
-        "step": run.state.step + 1,
+        "step": step.number,
         "rank": run.fabric.global_rank,
-        "dropout_seed": seed,
-        "normalizers": normalizers.cpu(),
+        "dropout_seed": step.dropout_seed,
+        "normalizers": step.normalizers.cpu(),
         "findings": list(findings),
         "micro_batches": [
             {"images": batch.images.cpu(), "mask": batch.mask.cpu(), "targets": [list(target) for target in targets]}
-            for batch, targets in micro_batches
+            for batch, targets in step.micro_batches
         ],
     }
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from detr_fabric.analysis.statistics import attention_statistics, mean_alphas, sample
 from detr_fabric.config import Config
 from detr_fabric.data.coco import CocoDetection
+from detr_fabric.data.loader import MicroBatch
 from detr_fabric.errors import UserError
 from detr_fabric.evaluation import Evaluation, picture_panel, save_evaluation
 from detr_fabric.loss.criterion import Losses
@@ -105,18 +106,15 @@ class Recorder:
     def _epoch(self, step: int) -> float:
         return (step + self.step_offset) / self.steps_per_epoch
 
-    def skipped(self, faults: list[str], step: int) -> int:
+    def skipped(self, micro_batches: list[MicroBatch], step: int) -> int:
         """Names the images of this step that a rank could not read. Returns their number over all ranks."""
-        if self.cfg.data.bad_images == "stop":
-            return 0
-        number = torch.tensor(float(len(faults)), device=self.fabric.device)
-        total = int(cast(Tensor, self.fabric.all_reduce(number, reduce_op="sum")))
-        if total and self.fabric.world_size > 1:
+        faults = [target.fault for _, targets in micro_batches for target in targets if target.fault is not None]
+        if self.fabric.world_size > 1:
             ranks = [faults] * self.fabric.world_size
             torch.distributed.all_gather_object(ranks, faults)
             faults = [fault for rank in ranks for fault in rank]
         self._name(faults, step)
-        return total
+        return len(faults)
 
     def _name(self, faults: list[str], step: int) -> None:
         """Every bad image into log.jsonl every time, and onto the console once."""
@@ -176,7 +174,8 @@ class Recorder:
             self._name(evaluation.faults, step)
             values["val/skipped_images"] = len(evaluation.faults)
             unread = f"{len(evaluation.faults)} unreadable images without detections, " * bool(evaluation.faults)
-        self.record(values | {"val/seconds": evaluation.seconds}, step)
+        seconds = {"val/seconds": evaluation.seconds, "val/seconds_scoring": evaluation.seconds_scoring}
+        self.record(values | seconds, step)
         categories = self.val_set.categories
         names = [categories.name(label) for label in range(categories.num_classes)]
         panel_range = range(min(self.cfg.wandb.panel_images, len(self.val_set)))

@@ -63,8 +63,8 @@ def write_checkpoint(
             if "alpha_logit" in name:
                 value += torch.linspace(-1, 1, len(value))
         for conv in (module for module in built.modules() if isinstance(module, NormedConv)):
-            norm = conv.norm[0]  # random weights fade without it
-            norm.running_var.uniform_(0.1, 0.4)
+            norm = conv.norm[0]  # so that random weights neither fade nor explode
+            norm.running_var.uniform_(0.5, 2.0)
             norm.running_mean.uniform_(-0.2, 0.2)
             norm.bias.uniform_(-0.2, 0.2)
     content = {"model": built.state_dict(), "config": config.to_dict(), "categories": categories.to_dict()}
@@ -106,6 +106,7 @@ def assert_same(found: tuple[Tensor, Tensor, Tensor], expected: tuple[Tensor, Te
 CROSS_SPARSEMAX, CROSS_ENTMAX15 = (AttnConfig("softmax", decoder_cross=kind) for kind in ("sparsemax", "entmax15"))
 LEARNED = AttnConfig("entmax-learned", alpha=1.3)
 OTHERS = [
+    ("onnx", "resnet50", CROSS_SPARSEMAX, {}),
     ("onnx", "resnet18", AttnConfig("entmax15"), {"dec_layers": 2}),
     ("onnx", "resnet18", LEARNED, {"position": "learned"}),
     ("onnx", "resnet18", AttnConfig("sigmoid", decoder_self="relu", decoder_cross="softmax1"), {"dilation": True}),
@@ -167,8 +168,7 @@ def test_onnx_finds_what_the_model_finds_at_any_size_and_batch(onnx_file: Export
 @pytest.mark.parametrize(
     "kind, backbone, attn, settings",
     [
-        ("onnx", "resnet50", CROSS_SPARSEMAX, {}),
-        ("torch", "resnet18", CROSS_ENTMAX15, {}),
+        ("torch", "resnet18", CROSS_ENTMAX15, {"last_stage": "layer1"}),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS),
     ],
 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +26,7 @@ from detr_fabric.data.categories import Categories
 from detr_fabric.errors import EveryRankError
 from detr_fabric.loss.criterion import Losses, SetCriterion
 from detr_fabric.model.detr import build_model
-from detr_fabric.nonfinite import BLACK_BOX, examine
+from detr_fabric.nonfinite import BLACK_BOX, BatchStatistics, HostCopy, Judge, examine
 from detr_fabric.optimizer import build_optimizer
 from detr_fabric.resume import State
 from detr_fabric.signals import Preemption
@@ -60,23 +63,20 @@ def errors(text: str) -> list[str]:
 
 
 def break_steps(fault: Fault, rank: int, *steps: int) -> None:
-    """While these steps run on this rank, weights of a decoder layer are such that the loss is NaN, or such that the
-    loss is what it was, but its gradient is too large for float32. "total": the loss is infinite, its gradient as ever.
-    "nothing": these steps are not run at all."""
-    whole = loop.training_step
+    """While these steps run on this rank, and while they are looked into, weights of a decoder layer are such that the
+    loss is NaN, or such that the loss is what it was, but its gradient is too large for float32. "total": the loss is
+    infinite, its gradient as ever. "nothing": these steps are not run at all."""
+    whole, look_into = loop.training_step, nonfinite.drop_step
 
-    def broken(run: loop.Run, micro_batches: list[loop.MicroBatch]) -> loop.Step:
-        if run.state.step + 1 not in steps:
-            return whole(run, micro_batches)
-        if fault == "nothing":
-            nan = torch.tensor(float("nan"))
-            return loop.Step(Losses(nan, {}), nan, interrupted=False, dropped="not run")
+    @contextmanager
+    def broken(run: loop.Run, number: int) -> Iterator[loop.Run]:
+        if number not in steps or run.fabric.global_rank != rank:
+            yield run
+            return
         layer = run.model.module.get_submodule(LAYER)
         before = [p.clone() for p in layer.parameters()]
         with torch.no_grad():
-            if run.fabric.global_rank != rank:
-                pass
-            elif fault == "total":
+            if fault == "total":
                 run = run._replace(criterion=Infinite(run.criterion))
             elif fault == "loss":
                 layer.linear1.weight[3, 5] = float("nan")
@@ -85,13 +85,31 @@ def break_steps(fault: Fault, rank: int, *steps: int) -> None:
                 layer.linear1.bias.mul_(1e-25)
                 layer.linear2.weight.mul_(1e25)
         try:
-            return whole(run, micro_batches)
+            yield run
         finally:
             with torch.no_grad():
                 for p, value in zip(layer.parameters(), before, strict=True):
                     p.copy_(value)
 
-    loop.training_step = broken
+    def training_step(run: loop.Run, micro_batches: list[loop.MicroBatch]) -> loop.Step:
+        number = run.state.step + 1
+        if fault == "nothing" and number in steps:
+            return not_run(run, number)
+        with broken(run, number) as run:
+            return whole(run, micro_batches)
+
+    def drop_step(run: loop.Run, step: loop.Step) -> str:
+        with broken(run, step.number) as run:
+            return look_into(run, step)
+
+    loop.training_step, nonfinite.drop_step = training_step, drop_step
+
+
+def not_run(run: loop.Run, number: int) -> loop.Step:
+    """A step without a gradient."""
+    nan, fine = torch.tensor(float("nan")), HostCopy(torch.tensor([True]))
+    before, none = BatchStatistics(run.model.module), HostCopy(torch.zeros(2))
+    return loop.Step(number, [], torch.zeros(2), 0, before, Losses(nan, {}), nan, fine, none, None)
 
 
 class Infinite(nn.Module):
@@ -106,7 +124,7 @@ class Infinite(nn.Module):
         return Losses(total + math.inf, parts)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "log_every"), [(1, 1), (2, 100)], ids=["found-at-once", "found-a-step-later"])
 @pytest.mark.parametrize(
     ("fault", "place"),
     [
@@ -122,9 +140,10 @@ def test_all_ranks_stop_at_the_same_step_with_one_sentence_and_a_step_that_can_b
     fault: Fault,
     place: str,
     ranks: int,
+    log_every: int,
 ) -> None:
-    run = f"stop_{fault}{ranks}"
-    going = job(folder, run, ranks=ranks, target=partial(break_steps, fault, ranks - 1, 3))
+    run, every = f"stop_{fault}{ranks}", ("--train.log-every", str(log_every))
+    going = job(folder, run, *every, ranks=ranks, target=partial(break_steps, fault, ranks - 1, 3))
     assert going.wait() == [2] * ranks, going.text()
     (said,) = errors(going.text())
     assert "Traceback" not in going.text()
@@ -159,18 +178,21 @@ def test_a_loss_that_is_infinite_on_one_rank_stops_both_though_every_gradient_is
     assert said.startswith("error: step 2: the loss is not finite, first the total loss, in a batch of images ")
 
 
-@pytest.mark.parametrize(("fault", "ranks"), [("loss", 2), ("gradient", 1)])
+@pytest.mark.parametrize(("fault", "ranks", "log_every"), [("loss", 2, 2), ("gradient", 1, 1), ("gradient", 1, 100)])
 def test_a_dropped_step_leaves_weights_moments_and_statistics_as_if_it_had_not_been_run(
-    folder: Path, fault: Fault, ranks: int
+    folder: Path, fault: Fault, ranks: int, log_every: int
 ) -> None:
     """The same run, whose third step is never computed, has the same weights, batch statistics, moments and learning
-    rates at the end, and the same losses at every other step. With two ranks it is stopped and resumed on the way."""
-    run, skip = f"skip_{fault}", ("--train.on-nonfinite", "skip")
+    rates at the end, and the same losses at every other step. With two ranks it is stopped and resumed on the way.
+    Where the third step is not logged, it is found out when the fourth is taken, which is taken again."""
+    run = f"skip_{fault}{log_every}"
+    skip = ("--train.on-nonfinite", "skip", "--train.log-every", str(log_every))
     halves = [("--train.max-steps", "5"), ("--train.max-steps", "7")][2 - ranks :]
     for half in halves:
         going = job(folder, run, *skip, *half, ranks=ranks, target=partial(break_steps, fault, ranks - 1, 3))
         assert going.wait() == [0] * ranks, going.text()
-    reference = job(folder, f"{run}_not_run", *halves[-1], ranks=ranks, target=partial(break_steps, "nothing", 0, 3))
+    not_run = partial(break_steps, "nothing", 0, 3)
+    reference = job(folder, f"{run}_not_run", *skip, *halves[-1], ranks=ranks, target=not_run)
     assert reference.wait() == [0] * ranks, reference.text()
     contents = [load_checkpoint(folder / name / "last.ckpt") for name in (run, f"{run}_not_run")]
     for key in ("model", "optimizer", "lr_scheduler", "epoch"):
@@ -178,10 +200,10 @@ def test_a_dropped_step_leaves_weights_moments_and_statistics_as_if_it_had_not_b
     assert any("running_mean" in name for name in contents[0]["model"])
     assert contents[0]["state"]["dropped"] == 1 and contents[0]["state"]["dropped_in_a_row"] == 0
     logged = [[r for r in records(folder / name) if "grad_norm" in r] for name in (run, f"{run}_not_run")]
-    assert [r["step"] for r in logged[0]] == list(range(1, 8))
-    assert logged[0][2]["grad_norm"] is None
-    for ours, theirs in zip(*logged, strict=True):
-        assert ours["step"] == 3 or losses_of(ours) == losses_of(theirs)
+    losses, expected = ({r["step"]: losses_of(r) for r in half if r["step"] != 3} for half in logged)
+    assert losses.keys() >= expected.keys() == {2: {2, 4, 6, 7}, 1: {1, 2, 4, 5, 6, 7}, 100: {7}}[log_every]
+    assert all(losses[step] == value for step, value in expected.items())
+    assert log_every > 1 or logged[0][2]["grad_norm"] is None
     (drop,) = [r for r in records(folder / run) if "dropped_steps" in r]
     assert (drop["step"], drop["dropped_steps"]) == (3, 1) and LAYER in drop["dropped"]
     assert (folder / run / BLACK_BOX).exists()
@@ -207,6 +229,79 @@ def test_a_run_gives_up_after_so_many_bad_steps_in_a_row_and_not_before(folder: 
         assert refused.wait() == [2] and len(errors(refused.text())) == 1 and "Traceback" not in refused.text()
     again = job(folder, "limit", *limit, target=partial(break_steps, "loss", 0, 7))  # the counts are resumed
     assert again.wait() == [2] and "3 steps in a row" in again.text()
+
+
+# ---- the host does not wait to know
+
+
+def reading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that grows by the name of each method through which the host learns what a tensor holds."""
+    asked: list[str] = []
+
+    def counted(name: str) -> None:
+        whole = getattr(torch.Tensor, name)
+
+        def ask(*args: Any) -> Any:
+            asked.append(name)
+            return whole(*args)
+
+        monkeypatch.setattr(torch.Tensor, name, ask)
+
+    for name in ("cpu", "item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
+        counted(name)
+    return asked
+
+
+def steady_run(folder: Path, accelerator: str) -> tuple[loop.Run, list[loop.MicroBatch]]:
+    """A run of a small model, and what it trains on in each step: two images, in two passes."""
+    fabric = Fabric(accelerator=accelerator, devices=1)
+    model = small_detr(last_stage="layer1")
+    wrapped, optimizer = fabric.setup(model.train(), build_optimizer(model, OptimConfig()))
+    run = SimpleNamespace(
+        cfg=load_preset("debug").resolve(),
+        fabric=fabric,
+        model=wrapped,
+        criterion=SetCriterion(5).to(fabric.device),
+        optimizer=optimizer,
+        state=State(),
+        preemption=Preemption(),
+        folder=folder,
+    )
+    return run, small_batch()[2:4]  # type: ignore[return-value]
+
+
+def test_in_each_pass_the_host_asks_for_the_costs_to_match_by_and_for_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, images = steady_run(tmp_path, "cpu")
+    asked = reading(monkeypatch)
+    step = loop.training_step(run, images)
+    loop.update(run, step)
+    assert asked == ["cpu", "cpu"]
+    judge = Judge(run, SimpleNamespace())  # type: ignore[arg-type]
+    judge.waiting = step
+    assert not judge.drops() and step.ranks.read() == [0, 0]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_host_waits_once_in_each_pass(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    run, images = steady_run(tmp_path, "cuda")
+    judge = Judge(run, SimpleNamespace())  # type: ignore[arg-type]
+    for _ in range(3):
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                step = loop.training_step(run, images)
+                assert not judge.drops()
+                loop.update(run, step)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        judge.waiting = step
+        run.state.step += 1
+    assert len([wait for wait in waits if "synchronizing" in str(wait.message)]) == len(images)
 
 
 # ---- fp16
@@ -239,31 +334,39 @@ def step_in_fp16(folder: Path, scale: float) -> tuple[Any, loop.Run]:
     return model, run  # type: ignore[return-value]
 
 
+def take_step(run: loop.Run) -> tuple[loop.Step, bool]:
+    """A step on one image, and whether it was dropped."""
+    judge = Judge(run, SimpleNamespace(dropped=lambda *record: None))  # type: ignore[arg-type]
+    judge.waiting = loop.training_step(run, small_batch()[3:4])
+    loop.update(run, judge.waiting)
+    return judge.waiting, judge.drops()
+
+
 def test_an_overflow_of_the_loss_scale_is_normal_but_a_loss_or_gradient_that_is_not_finite_is_not(
     tmp_path: Path,
 ) -> None:
     model, run = step_in_fp16(tmp_path, scale=2.0**60)
     before = [p.clone() for p in model.parameters()]
     for _ in range(2):
-        losses, norm, _, dropped = loop.training_step(run, small_batch()[3:4])
-        assert losses.total.isfinite() and not norm.isfinite() and dropped is None
+        step, dropped = take_step(run)
+        assert step.losses.total.isfinite() and not step.grad_norm.isfinite() and not dropped
     assert run.fabric.strategy.precision.scaler.get_scale() == 2.0**58 and run.state.dropped == 0
     assert all(map(torch.equal, before, model.parameters())) and not list(tmp_path.iterdir())
     run.fabric.strategy.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    norm = loop.training_step(run, small_batch()[3:4]).grad_norm
-    assert norm.isfinite() and not all(map(torch.equal, before, model.parameters()))
+    step, _ = take_step(run)
+    assert step.grad_norm.isfinite() and not all(map(torch.equal, before, model.parameters()))
 
     with torch.no_grad():
         model.class_embed.bias[0] = float("nan")
     with pytest.raises(EveryRankError, match="first the output of class_embed, whose bias is not finite"):
-        loop.training_step(run, small_batch()[3:4])
+        take_step(run)
 
 
 def test_a_gradient_that_overflows_without_any_loss_scale_stops_fp16_too(tmp_path: Path) -> None:
     model, run = step_in_fp16(tmp_path, scale=1.0)
     model.class_embed.bias.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(EveryRankError, match="the gradient is not finite, first the gradient of class_embed.bias"):
-        loop.training_step(run, small_batch()[3:4])
+        take_step(run)
     assert read_torch_file(tmp_path / BLACK_BOX)["precision"] == "16-mixed"
 
 
@@ -273,12 +376,12 @@ def test_a_step_dropped_in_fp16_changes_no_weight_and_the_next_one_is_taken(tmp_
     before = [p.clone() for p in model.parameters()]
     with torch.no_grad():
         model.class_embed.bias[0] = float("nan")
-    dropped = loop.training_step(run, small_batch()[3:4]).dropped
-    assert dropped is not None and "the step is dropped, 1 in all, 1 in a row" in dropped
+    _, dropped = take_step(run)
+    assert dropped and (run.state.dropped, run.state.dropped_in_a_row) == (1, 1)
     with torch.no_grad():
         model.class_embed.bias.copy_(dict(zip(dict(model.named_parameters()), before, strict=True))["class_embed.bias"])
     assert all(map(torch.equal, before, model.parameters()))
-    assert loop.training_step(run, small_batch()[3:4]).dropped is None and run.state.dropped_in_a_row == 0
+    assert not take_step(run)[1] and run.state.dropped_in_a_row == 0
     assert not all(map(torch.equal, before, model.parameters()))
 
 

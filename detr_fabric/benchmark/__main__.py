@@ -1,11 +1,10 @@
 """Measures this machine, ours beside a peer in the same run: loss, data, eval, inference,
-step, attention, start.
+step, train, attention, start.
 
     python -m detr_fabric.benchmark [PART ...] [--json FILE] [--quick] [--data.root coco]
 
 `ratio` is a row's time over ours, round by round: 2 means that ours is twice as fast; of attention, where much is ours,
-it is over explicit softmax. torch is imported after the
-command line is read: --help is immediate.
+it is over explicit softmax. torch is imported after the command line is read: --help is immediate.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 from detr_fabric.cli import fail, reader_may_leave
 from detr_fabric.errors import UserError
 
-PARTS = ("loss", "data", "eval", "inference", "step", "attention", "start")
+PARTS = ("loss", "data", "eval", "inference", "step", "train", "attention", "start")
 
 
 @reader_may_leave()

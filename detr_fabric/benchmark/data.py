@@ -136,14 +136,15 @@ def _resize(image: Image.Image, boxes: Tensor, size: int, max_size: int | None) 
     return F.resize(image, [height, width]), boxes * torch.tensor([x, y, x, y])
 
 
-def write_images(root: Path, count: int) -> None:
+def write_images(root: Path, count: int, entries: int | None = None) -> None:
     """JPEGs as most of COCO's are, of its sizes and without subsampled colours, each with its mean of 7 objects. Their
-    spectrum, amplitude 1/f^1.4, is such that files have COCO's mean size, 163 kB: it decides what decoding costs."""
+    spectrum, amplitude 1/f^1.4, is such that files have COCO's mean size, 163 kB: it decides what decoding costs.
+
+    entries: number of images that the annotations list, where it is another one: they share the files."""
     rng = np.random.default_rng(SEED)
     (root / "train2017").mkdir()
     (root / "annotations").mkdir()
-    images, objects = [], []
-    for number in range(1, count + 1):
+    for number in range(count):
         height, width = SIZES[number % len(SIZES)]
         frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(width), np.fft.fftfreq(height)))[..., None]
         spectrum = np.fft.fft2(rng.standard_normal((height, width, 3)), axes=(0, 1)) / (frequency + 1 / width) ** 1.4
@@ -153,7 +154,10 @@ def write_images(root: Path, count: int) -> None:
         pixels = 120 + 60 * grey_and_colour / grey_and_colour.std()
         image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
         image.save(root / "train2017" / f"{number}.jpg", quality=90, subsampling="4:4:4")
-        images.append({"id": number, "file_name": f"{number}.jpg", "height": height, "width": width})
+    images, objects = [], []
+    for number in range(entries or count):
+        height, width = SIZES[number % count % len(SIZES)]
+        images.append({"id": number, "file_name": f"{number % count}.jpg", "height": height, "width": width})
         objects += [{"image_id": number, "category_id": 1, "bbox": [20 * i, 30 * i, 200, 150]} for i in range(7)]
     content = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "thing"}]}
     (root / "annotations" / "instances_train2017.json").write_text(json.dumps(content))

@@ -121,7 +121,7 @@ class SetCriterion(nn.Module):
         """Percentage of the last layer's matched queries that name a wrong class; 100 without objects."""
         pairs = len(matches.query) // len(outputs.pred_logits)
         if pairs == 0:
-            return outputs.pred_logits.new_tensor(100.0)
+            return outputs.pred_logits.new_full((), 100.0)  # new_tensor would wait for the device
         _, image, query, target = (index[-pairs:] for index in matches)
         correct = outputs.pred_logits[-1, image, query].argmax(-1) == objects.labels[image, target]
         return 100 - 100 * correct.float().mean()
