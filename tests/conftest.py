@@ -11,6 +11,8 @@ import pytest
 GOLDEN = Path(__file__).parent / "golden"
 
 
+# Two processes run the tests, each with a thread of its own for arithmetic; torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where pytest runs in the background of a script, SIGINT is ignored, which every process of the tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

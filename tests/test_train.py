@@ -20,7 +20,7 @@ from detr_fabric.model.detr import DETR
 from detr_fabric.optimizer import build_optimizer, build_scheduler
 from detr_fabric.signals import Preemption
 from tests.offline_wandb import read_run
-from tests.processes import python, records, torchrun, train
+from tests.processes import Job, python, records, torchrun, train
 from tests.test_model import small_detr
 
 DEBUG = ("--preset", "debug")
@@ -35,6 +35,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     (folder / "first.txt").write_text(done.stdout)
     return folder
+
+
+def job(folder: Path, *args: str) -> Job:
+    return Job(*args, cwd=folder, XDG_CACHE_HOME=str(folder / "cache"))
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -71,39 +75,29 @@ def test_evaluate_needs_only_the_checkpoint_and_agrees_with_training(folder: Pat
 
 
 def test_a_run_resumed_inside_an_epoch_equals_one_that_never_stopped(folder: Path) -> None:
-    cache = str(folder / "cache")
-    stopped = train(*DEBUG, "--train.run-dir", "cut", "--train.max-steps", "5", cwd=folder, XDG_CACHE_HOME=cache)
-    assert stopped.returncode == 0, stopped.stderr
-    resumed = train(
-        *DEBUG,
-        "--train.run-dir",
-        "cut",
-        "--data.workers",
-        "2",
-        "--train.resume",
-        "auto",
-        cwd=folder,
-        XDG_CACHE_HOME=cache,
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resumed at step 5" in resumed.stdout
-    first, cut = weights(folder / "first" / "last.ckpt"), weights(folder / "cut" / "last.ckpt")
-    assert all(torch.equal(first[name], cut[name]) for name in first)
+    cut = (*DEBUG, "--train.run-dir", "cut")
+    stopped = job(folder, *cut, "--train.max-steps", "5")
+    assert stopped.wait() == [0], stopped.text()
+    resumed = job(folder, *cut, "--data.workers", "2", "--train.resume", "auto")
+    assert resumed.wait() == [0] and "resumed at step 5" in resumed.text(), resumed.text()
+    once, twice = weights(folder / "first" / "last.ckpt"), weights(folder / "cut" / "last.ckpt")
+    assert all(torch.equal(once[name], twice[name]) for name in once)
     losses = [
         {r["step"]: r["train/loss"] for r in records(folder / run) if "train/loss" in r} for run in ("first", "cut")
     ]
     assert losses[0].items() <= losses[1].items()
-    over = train(*DEBUG, "--train.run-dir", "cut", cwd=folder, XDG_CACHE_HOME=cache)
-    assert over.returncode == 2 and "nothing is left" in over.stderr and "Traceback" not in over.stderr
+    over = job(folder, *cut)
+    assert over.wait() == [2] and "nothing is left" in over.text() and "Traceback" not in over.text()
 
 
 def test_two_processes_train_like_one_with_twice_the_batch(folder: Path) -> None:
     cache = str(folder / "cache")
-    one = train(*DEBUG, *EXACT, "--train.run-dir", "one", "--train.batch-size", "8", cwd=folder, XDG_CACHE_HOME=cache)
+    one = job(folder, *DEBUG, *EXACT, "--train.run-dir", "one", "--train.batch-size", "8")
+    assert one.wait() == [0], one.text()
     args = (*DEBUG, *EXACT, "--train.batch-size", "4")
     two = torchrun(2, *args, "--train.run-dir", "two", cwd=folder, XDG_CACHE_HOME=cache)
     own = train(*args, "--train.devices", "2", "--train.run-dir", "own", cwd=folder, XDG_CACHE_HOME=cache)
-    for done in (one, two, own):
+    for done in (two, own):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("built-in synthetic shapes") == 1
     reference = weights(folder / "one" / "last.ckpt")
@@ -143,18 +137,16 @@ def test_bad_data_is_one_sentence_and_no_run_folder(folder: Path) -> None:
     (folder / "train2017").mkdir(exist_ok=True)
     (folder / "annotations" / "instances_train2017.json").write_text('{"images": [')
     for root, words in (("nowhere", "nowhere"), (".", "instances_train2017.json")):
-        done = train(
-            *DEBUG, "--data.root", root, "--model.backbone-weights", "none", "--train.run-dir", "bad", cwd=folder
-        )
-        assert done.returncode == 2, done.stderr
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr
+        refused = job(folder, *DEBUG, "--data.root", root, "--model.backbone-weights", "none", "--train.run-dir", "bad")
+        assert refused.wait() == [2]
+        assert refused.text().startswith("error: ") and refused.text().count("\n") == 1 and words in refused.text()
         assert not (folder / "bad").exists()
 
 
 def test_an_offline_wandb_run_holds_everything(folder: Path) -> None:
     args = (*DEBUG, "--wandb.mode", "offline", "--train.run-dir", "logged", "--train.max-steps", "4")
-    done = train(*args, cwd=folder, XDG_CACHE_HOME=str(folder / "cache"))
-    assert done.returncode == 0, done.stderr
+    done = job(folder, *args)
+    assert done.wait() == [0], done.text()
     (file,) = (folder / "logged").rglob("run-*.wandb")
     run = read_run(file)
     logged = {name for row in run.history for name in row}
@@ -248,33 +240,16 @@ def test_torchrun_and_slurm_decide_the_number_of_processes(monkeypatch: pytest.M
 
 
 def test_real_images_train_evaluate_and_resume(coco_mini: Path, tmp_path: Path) -> None:
-    args = (
-        "--preset",
-        "r18_coco",
-        "--data.root",
-        str(coco_mini),
-        "--data.scales",
-        "128",
-        "160",
-        "--data.max-size",
-        "200",
-    )
-    args += (
-        "--model.backbone-weights",
-        "none",
-        "--model.enc-layers",
-        "1",
-        "--model.dec-layers",
-        "2",
-        "--wandb.mode",
-        "disabled",
-    )
-    args += ("--train.run-dir", "run", "--train.log-every", "1", "--data.val-limit", "12", "--data.workers", "1")
-    first = train(*args, "--train.max-steps", "3", cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    assert "80 training and 12 validation images" in first.stdout
-    resumed = train(*args, "--train.max-steps", "5", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
+    args = [
+        *("--preset", "r18_coco", "--data.root", str(coco_mini), "--data.scales", "128", "160"),
+        *("--data.max-size", "200", "--data.val-limit", "12", "--data.workers", "1", "--eval.attention-images", "4"),
+        *("--model.backbone-weights", "none", "--model.enc-layers", "1", "--model.dec-layers", "2"),
+        *("--train.run-dir", "run", "--train.log-every", "1", "--wandb.mode", "disabled"),
+    ]
+    first = job(tmp_path, *args, "--train.max-steps", "3")
+    assert first.wait() == [0] and "80 training and 12 validation images" in first.text(), first.text()
+    resumed = job(tmp_path, *args, "--train.max-steps", "5")
+    assert resumed.wait() == [0], resumed.text()
     assert [r["step"] for r in records(tmp_path / "run") if "train/loss" in r] == [1, 2, 3, 4, 5]
     done = python("-m", "detr_fabric.evaluate", "run/last.ckpt", cwd=tmp_path)
     assert done.returncode == 0 and "AP50" in done.stdout and "AP of person" in done.stdout, done.stderr
