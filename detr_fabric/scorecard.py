@@ -55,7 +55,8 @@ def evaluate_checkpoint(content: dict[str, Any], path: Path, settings: Settings)
     for fault in evaluation.faults:
         print(f"skipped {fault}")
     unread = f" ({len(evaluation.faults)} unreadable ones without detections)" if evaluation.faults else ""
-    print(f"{len(dataset)} images{unread}, step {step}, in {evaluation.seconds:.1f} s")
+    seconds = f"{evaluation.seconds:.1f} s, {evaluation.seconds_scoring:.1f} of them scoring"
+    print(f"{len(dataset)} images{unread}, step {step}, in {seconds}")
     more: dict[str, Any] = {}
     if alone is None:
         for name, value in evaluation.stats.items():

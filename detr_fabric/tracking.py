@@ -7,6 +7,7 @@ The names of the logged values are the same in both:
     train/weighted/loss_ce …   times their weights       images_per_second  of all ranks together
     val/AP, val/AP50 …         the 12 COCO statistics    data_wait          part of the time spent waiting for data
     val/AP_class/<name>        AP of one class           memory_gb          peak on the device, in GiB
+    val/seconds, val/seconds_scoring                     of an evaluation, and its part spent on scoring
     skipped_images             bad images so far, with `--data.bad-images skip`; a record with `skipped` names each
     dropped_steps              so far, at each step that was left out because something was not finite
     attention/<site>/layer<l>/<measure>, alpha/<site>/layer<l>[/head<h>]    see analysis/statistics.py

@@ -25,6 +25,13 @@ def test_each_part_prints_a_table_and_writes_a_record(
     assert rows[0]["case"] in capsys.readouterr().out
 
 
+def test_whole_training_is_measured_by_its_own_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "--quick", "--accelerator", "cpu", "--json", str(tmp_path / "a.json")])
+    (row,) = json.loads((tmp_path / "a.json").read_text())["parts"]["train"]["rows"]
+    assert row["rounds"] == 2 and 0 <= row["data wait"] <= 1 and row["images/s"] * row["ms"] == pytest.approx(1000)
+    assert row["case"] in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("part", ["loss", "inference", "step", "start"])
 def test_a_missing_peer_is_named_and_left_out(
     part: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

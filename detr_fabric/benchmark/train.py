@@ -18,6 +18,7 @@ from detr_fabric.errors import UserError
 
 FILES = 32  # each of them stands for many images, so that an epoch is long
 RECORDS, WARM_UP = 8, 3  # records of the run's log that are looked at, and before them those that are not
+MOST_WORKERS = 16
 
 
 def measure(device: torch.device, quick: bool) -> Part:
@@ -26,11 +27,12 @@ def measure(device: torch.device, quick: bool) -> Part:
     full = device.type == "cuda" and not quick
     backbone, batch, per_record = ("resnet50", 8, 25) if full else ("resnet18", 2, 1 if quick else 4)
     scales = () if full else ("--data.scales", "128", "160", "--data.max-size", "256", "--data.crop", "False")
-    workers = max(1, (os.cpu_count() or 2) - 1)
-    steps = per_record * (WARM_UP + RECORDS)
+    workers = min(MOST_WORKERS, max(1, (os.cpu_count() or 2) - 1))
+    warm_up, records = (1, 2) if quick else (WARM_UP, RECORDS)
+    steps = per_record * (warm_up + records)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_images(folder, FILES, batch * steps)
+        write_images(folder, 4 if quick else FILES, batch * steps)
         images, file = str(folder / "train2017"), str(folder / "annotations" / "instances_train2017.json")
         command = [
             *(sys.executable, "-m", "detr_fabric.train", "--train.run-dir", str(folder / "run")),
@@ -44,8 +46,8 @@ def measure(device: torch.device, quick: bool) -> Part:
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode != 0:
             raise UserError(f"training did not run: {run.stderr[-500:]}")
-        records = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    speeds = [record for record in records if "images_per_second" in record][WARM_UP:]
+        log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    speeds = [record for record in log if "images_per_second" in record][warm_up:]
     found = {key: statistics.median(record[key] for record in speeds) for key in ("images_per_second", "data_wait")}
     row = {
         "case": f"{backbone}, batch {batch}, {workers} loading processes",
