@@ -1,5 +1,4 @@
-"""Measures this machine, ours beside a peer in the same run: loss, data, eval, inference,
-step, train, attention, start.
+"""Measures this machine: training's and evaluation's parts, ours beside a peer in the same run.
 
     python -m detr_fabric.benchmark [PART ...] [--json FILE] [--quick] [--data.root coco]
 
