@@ -377,11 +377,13 @@ def test_a_kill_loses_at_most_the_last_second_of_an_offline_run(nursery: subproc
 
 def test_a_dead_wandb_service_costs_one_line(nursery: subprocess.Popen[str], home: Path) -> None:
     code = (
+        "started = []\n"
+        "class Popen(subprocess.Popen):\n"
+        "    def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs); started.append(self)\n"
+        "subprocess.Popen = Popen\n"
         "logger = start('offline'); logger.log_metrics({'a': 1.0}, 1)\n"
-        "for line in subprocess.check_output(['ps', '-eo', 'pid,ppid,args'], text=True).splitlines()[1:]:\n"
-        "    pid, parent, command = line.split(None, 2)\n"
-        "    if int(parent) == os.getpid() and 'wandb-core' in command: os.kill(int(pid), signal.SIGKILL)\n"
-        "time.sleep(0.5)\n"
+        "[service] = [process for process in started if 'wandb-core' in str(process.args)]\n"
+        "service.kill(); service.wait()\n"
         "for step in (2, 3): logger.log_metrics({'a': 1.0}, step)\n"
         "logger.finalize('success'); print('trained to the end')"
     )
