@@ -215,7 +215,7 @@ def fit(run: Run) -> None:
                 run.scheduler.step()
                 state.step += 1
                 state.step_in_epoch += 1
-                asked_to_stop, unreadable = step.ranks.read()
+                asked_to_stop, unreadable = step.ranks.read().tolist()
                 if unreadable:
                     state.skipped += recorder.skipped(micro_batches, state.step)
                 logging = state.step % cfg.train.log_every == 0 or state.step == run.total_steps
@@ -348,7 +348,7 @@ def training_step(run: Run, micro_batches: list[MicroBatch]) -> Step:
         statistics,
         losses,
         grad_norm,
-        HostCopy(grad_norm.isfinite()[None]),
+        HostCopy(grad_norm.isfinite()),
         ranks,
         loss_scale(fabric),
     )
@@ -359,7 +359,7 @@ def update(run: Run, step: Step) -> None:
     if step.loss_scale is None:
         fused_adamw = cast(Any, run.optimizer.optimizer)
         fused_adamw.found_inf = (~step.grad_norm.isfinite()).float()  # where it is 1 nothing changes
-    elif not all(step.finite.read()):  # the loss scaler asks the host anyway
+    elif not step.finite.read():  # the loss scaler asks the host anyway
         run.optimizer.zero_grad()
     run.optimizer.step()
     run.optimizer.zero_grad()

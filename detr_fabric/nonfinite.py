@@ -57,10 +57,10 @@ class HostCopy:
         if self._arrived is not None:
             self._arrived.record()
 
-    def read(self) -> list[float]:
+    def read(self) -> Tensor:
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._values.tolist()
+        return self._values
 
 
 class Judge:
@@ -80,7 +80,7 @@ class Judge:
         step, self.waiting = self.waiting, None
         if step is None:
             return False
-        if all(step.finite.read()):
+        if step.finite.read():
             self._run.state.dropped_in_a_row = 0
             return False
         if is_overflow(self._run.fabric, step):
@@ -91,7 +91,7 @@ class Judge:
 
     def clears(self) -> bool:
         """Whether nothing is wrong with the run as it is, so that it may be saved. Any rank may ask alone."""
-        return self.waiting is None or (all(self.waiting.finite.read()) and not self.drops())
+        return self.waiting is None or (bool(self.waiting.finite.read()) and not self.drops())
 
 
 def loss_scale(fabric: Fabric) -> float | None:

@@ -107,7 +107,7 @@ def break_steps(fault: Fault, rank: int, *steps: int) -> None:
 
 def not_run(run: loop.Run, number: int) -> loop.Step:
     """A step without a gradient."""
-    nan, fine = torch.tensor(float("nan")), HostCopy(torch.tensor([True]))
+    nan, fine = torch.tensor(float("nan")), HostCopy(torch.tensor(True))
     before, none = BatchStatistics(run.model.module), HostCopy(torch.zeros(2))
     return loop.Step(number, [], torch.zeros(2), 0, before, Losses(nan, {}), nan, fine, none, None)
 
@@ -280,7 +280,7 @@ def test_in_each_pass_the_host_asks_for_the_costs_to_match_by_and_for_nothing_el
     assert asked == ["cpu", "cpu"]
     judge = Judge(run, SimpleNamespace())  # type: ignore[arg-type]
     judge.waiting = step
-    assert not judge.drops() and step.ranks.read() == [0, 0]
+    assert not judge.drops() and step.ranks.read().tolist() == [0, 0]
 
 
 @pytest.mark.gpu

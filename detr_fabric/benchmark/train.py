@@ -6,7 +6,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 
 from detr_fabric.benchmark.data import write_images
 from detr_fabric.benchmark.measure import Part
+from detr_fabric.benchmark.start import TRAIN
 from detr_fabric.errors import UserError
 
 FILES = 32  # each of them stands for many images, so that an epoch is long
@@ -27,7 +27,7 @@ def measure(device: torch.device, quick: bool) -> Part:
     full = device.type == "cuda" and not quick
     backbone, batch, per_record = ("resnet50", 8, 25) if full else ("resnet18", 2, 1 if quick else 4)
     scales = () if full else ("--data.scales", "128", "160", "--data.max-size", "256", "--data.crop", "False")
-    workers = min(MOST_WORKERS, max(1, (os.cpu_count() or 2) - 1))
+    workers = min(MOST_WORKERS, max(1, len(os.sched_getaffinity(0)) - 1))
     warm_up, records = (1, 2) if quick else (WARM_UP, RECORDS)
     steps = per_record * (warm_up + records)
     with tempfile.TemporaryDirectory() as name:
@@ -35,7 +35,8 @@ def measure(device: torch.device, quick: bool) -> Part:
         write_images(folder, 4 if quick else FILES, batch * steps)
         images, file = str(folder / "train2017"), str(folder / "annotations" / "instances_train2017.json")
         command = [
-            *(sys.executable, "-m", "detr_fabric.train", "--train.run-dir", str(folder / "run")),
+            *TRAIN,
+            *("--train.run-dir", str(folder / "run")),
             *("--data.train-images", images, "--data.train-annotations", file, "--data.workers", str(workers)),
             *("--data.val-images", images, "--data.val-annotations", file, "--data.val-limit", "1", *scales),
             *("--model.backbone", backbone, "--model.backbone-weights", "none", "--model.norm", "frozen"),
