@@ -168,6 +168,7 @@ def test_onnx_finds_what_the_model_finds_at_any_size_and_batch(onnx_file: Export
 @pytest.mark.parametrize(
     "kind, backbone, attn, settings",
     [
+        ("onnx", "resnet18", CROSS_SPARSEMAX, {"last_stage": "layer1"}),
         ("torch", "resnet18", CROSS_ENTMAX15, {"last_stage": "layer1"}),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS),
     ],

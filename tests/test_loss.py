@@ -80,7 +80,7 @@ def brute_force(cost: Tensor) -> list[tuple[int, int]]:
     return min(choices, key=lambda pairs: sum(float(cost[q, n]) for q, n in pairs))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=3), seed=st.integers(0, 10**6))
 def test_losses_and_gradients_equal_the_slow_account(counts: list[int], seed: int) -> None:
     outputs, targets = random_case(counts, queries=4, seed=seed)
