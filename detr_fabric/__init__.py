@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from detr_fabric.launcher import forget_empty
+
 if TYPE_CHECKING:
-    from detr_fabric.detector import load as load
+    from detr_fabric.predict.detector import load as load
 
 __all__ = ["load"]
+
+forget_empty()  # before anything imports Fabric, which fails on them
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from detr_fabric.detector import load
+        from detr_fabric.predict.detector import load
 
         return load
     raise AttributeError(f"module 'detr_fabric' has no attribute {name!r}")

@@ -28,7 +28,7 @@ def iou_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """IoU and union area of xyxy boxes whose leading dimensions broadcast."""
     low = torch.maximum(a[..., :2], b[..., :2])
     high = torch.minimum(a[..., 2:], b[..., 2:])
-    inside = (high - low).clamp(min=0).prod(-1)
+    inside = _area_between(low, high)
     union = area(a) + area(b) - inside
     return inside / union, union
 
@@ -38,5 +38,11 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     iou, union = iou_and_union(a, b)
     low = torch.minimum(a[..., :2], b[..., :2])
     high = torch.maximum(a[..., 2:], b[..., 2:])
-    hull = (high - low).clamp(min=0).prod(-1)
+    hull = _area_between(low, high)
     return iou - (hull - union) / hull
+
+
+def _area_between(low: Tensor, high: Tensor) -> Tensor:
+    """Area (...) of the boxes with these corners (..., 2); 0 where they overlap in no point."""
+    width, height = (high - low).clamp(min=0).unbind(-1)
+    return width * height  # prod's backward pass would make the host wait for a GPU

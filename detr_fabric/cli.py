@@ -1,41 +1,60 @@
-"""Command line → Config: a preset read first, then every field as a flag. Free of torch, so --help is immediate."""
+"""Command lines, one way for all: a field is a flag, the sentence below it the help. Free of torch, so --help is fast.
+
+A command names its settings, a dataclass whose positional fields are marked as such, and `parse` does the rest.
+"""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import importlib.util
+import io
 import os
 import select
-import shlex
+import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from pathlib import Path
-from typing import NoReturn, TypeVar, get_type_hints
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from difflib import get_close_matches
+from functools import cache, partial
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
+import docstring_parser
 import tyro
+from tyro.constructors import (
+    MISSING,
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
-from detr_fabric.config import Config
 from detr_fabric.errors import UserError
+from detr_fabric.launcher import rank
+from detr_fabric.terminal import say
 
 T = TypeVar("T")
 
-
-def rank() -> int:
-    """This process's rank as its launcher (torchrun, SLURM, Fabric) tells it; 0 where there is none."""
-    return int(next((os.environ[key] for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), 0))
+PREFIXLESS = tyro.conf.arg(name="")  # marks a section whose flags do not begin with its name
+COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
 
 
 @contextmanager
-def reader_may_leave() -> Iterator[None]:
-    """Ends the process quietly, with exit code 1, once nobody reads what it prints any more: COMMAND | head."""
+def entry_point() -> Iterator[None]:
+    """Around a command: a UserError is one sentence and exit code 2, Ctrl+C is exit code 130, no encoding of the
+    terminal ends it, and it ends quietly, with 1, once nobody reads what it prints any more (COMMAND | head)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        with suppress(OSError):  # it was a file when Python started and is a pipe now
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr, for what does not pass through say()
     try:
         try:
             yield
         finally:
             sys.stdout.flush()
+    except UserError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
@@ -50,102 +69,145 @@ def fail(error: Exception, everywhere: bool = False) -> NoReturn:
     if everywhere and rank() != 0:
         time.sleep(5)  # a launcher kills the others as soon as one ends: let rank 0 speak first
     else:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        say(f"error: {error}", sys.stderr)
     sys.exit(2)
 
 
-def parse_train(argv: Sequence[str], preset: Config | None = None) -> Config:
-    """The resolved Config of `python -m detr_fabric.train argv`. Exits with 2 on bad input, 0 after --help."""
-    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    before.add_argument("--preset")
-    before.add_argument("--print-config", action="store_true")
-    known, rest = before.parse_known_args(argv)
-    prog = "python -m detr_fabric.train"
+def parse(kind: type[T], args: Sequence[str], prog: str, about: str, start: Callable[[T], T] | None = None) -> T:
+    """The settings that a command line asks for. Ends the process with 2 on bad input, with 0 after --help.
+
+    start: what the flags go over, given the settings as the flags alone make them, not checked yet: a preset or a
+    checkpoint that is named there supplies the rest. None: the defaults. It may raise UserError.
+    """
     try:
-        default = load_preset(known.preset) if known.preset else preset or Config()
-        config = parse(Config, default, rest, prog, describe_presets())
-        if known.preset and config.train.name is None:
-            train = dataclasses.replace(config.train, name=Path(known.preset).stem)
-            config = dataclasses.replace(config, train=train)
-        config = config.resolve()
-    except ValueError as error:
+        args = plain(kind, args)
+        given = _tyro(kind, None, args, prog, about)
+        return checked(given if start is None else _tyro(kind, start(given), args, prog, about))
+    except UserError as error:
         fail(error, everywhere=True)
-    if known.print_config:
-        print(" \\\n    ".join([prog, *map(shlex.join, flags(config))]))
-        sys.exit(0)
-    return config
 
 
-def parse(kind: type[T], default: T, args: Sequence[str], prog: str, description: str) -> T:
-    """tyro's parser; its help and complaints are printed by rank 0 alone."""
+def checked(settings: T) -> T:
+    """The same settings, made as Python makes them, which checks their values. Raises UserError."""
+    assert dataclasses.is_dataclass(settings) and not isinstance(settings, type)
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    made = {name: checked(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+    return type(settings)(**made)
+
+
+def plain(kind: type, args: Sequence[str]) -> list[str]:
+    """Arguments in which every boolean is --x or --no-x, whether they said so, or --x True, or --x=false.
+
+    Raises UserError for a flag that there is not, with the one that was probably meant.
+    """
+    known = _flags(kind)
+    result, waiting = list[str](), list(reversed(args))
+    while waiting:
+        arg = waiting.pop()
+        flag, equals, value = arg.partition("=")
+        flag = flag.replace("_", "-")
+        switch = known.get(flag)
+        if switch is None:
+            if arg.startswith("--") and flag not in known:
+                raise UserError(f"{flag}: no such flag{_suggestion(flag, known)}")
+            result.append(arg)
+            continue
+        if not equals and waiting and waiting[-1].lower() in ("true", "false"):
+            value = waiting.pop()
+        elif equals and value.lower() not in ("true", "false"):
+            raise UserError(f"{arg}: give True or False")
+        result.append(switch[value.lower() == "false"])
+    return result
+
+
+def _suggestion(flag: str, known: Iterable[str]) -> str:
+    ending = [name for name in known if name.endswith(f".{flag.lstrip('-')}")]  # --lr for --optim.lr
+    close = ending or get_close_matches(flag, known, n=1)
+    return f": did you mean {' or '.join(close)}?" if close else "; --help lists all"
+
+
+def _flags(kind: type, prefix: str = "") -> dict[str, tuple[str, str] | None]:
+    """Every flag; of a boolean, --x and --no-x, with what stands for True and for False."""
+    found: dict[str, tuple[str, str] | None] = dict.fromkeys(["--help", *COMPLETION])
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        bare, *marks = get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+        dashed = name.replace("_", "-")
+        on, off = f"--{prefix}{dashed}", f"--{prefix}no-{dashed}"
+        if dataclasses.is_dataclass(bare):
+            assert isinstance(bare, type)
+            found |= _flags(bare, prefix if PREFIXLESS in marks else f"{prefix}{dashed}.")
+        elif bare in (bool, bool | None):
+            found |= {on: (on, off), off: (off, on)}
+        elif tyro.conf.Positional not in marks:
+            found[on] = None
+    return found
+
+
+def _tyro(kind: type[T], default: T | None, args: list[str], prog: str, about: str) -> T:
+    """tyro's parser, which makes settings without checking them; its help and complaints are rank 0's alone."""
+    width = shutil.get_terminal_size().columns
+    # tyro does not wrap the description, and joins its lines unless they are indented
+    fill = partial(textwrap.fill, width=width, initial_indent=" ", subsequent_indent=" ", break_on_hyphens=False)
+    description = "\n".join(fill(" ".join(part.split())) for part in about.split("\n\n"))
     with ExitStack() as silence:
         if rank() != 0:
             nowhere = silence.enter_context(open(os.devnull, "w"))
             silence.enter_context(redirect_stdout(nowhere))
             silence.enter_context(redirect_stderr(nowhere))
-        return tyro.cli(kind, default=default, args=list(args), prog=prog, description=description)
+        return tyro.cli(
+            kind,
+            default=MISSING if default is None else default,
+            args=args,
+            prog=prog,
+            description=description,
+            registry=_registry(),
+        )
 
 
-def load_preset(name: str) -> Config:
-    """The `config` of experiments/NAME.py (./experiments first, then beside the package), or of a file FILE.py."""
-    path = Path(name) if name.endswith(".py") else preset_files().get(name)
-    if path is None:
-        raise UserError(f"--preset {name}: no such preset; choose a file or one of {', '.join(sorted(preset_files()))}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.extend([str(Path.cwd()), str(package_parent())])  # presets import each other as experiments.NAME
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # a preset is the user's own code
-        raise UserError(f"--preset {name}: {type(error).__name__}: {error}") from error
-    config = getattr(module, "config", None)
-    if not isinstance(config, Config):
-        raise UserError(f"--preset {name}: define `config = Config(...)` in it")
-    return check_types(config, f"--preset {name}")
+@cache
+def _registry() -> ConstructorRegistry:
+    registry = ConstructorRegistry()
+    registry.struct_rule(_section)
+    return registry
 
 
-def package_parent() -> Path:
-    return Path(__file__).resolve().parents[1]
+def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """How tyro sees a dataclass: values are checked later, help wraps anywhere, booleans that may be unset are switches
+    like others."""
+    if not dataclasses.is_dataclass(info.type):
+        return None
+    hints = get_type_hints(info.type, include_extras=True)
+    fields = []
+    for f in dataclasses.fields(info.type):
+        hint = hints[f.name]
+        if hint == bool | None:
+            hint = Annotated[hint, tyro.conf.DisallowNone]
+        if isinstance(info.default, info.type):
+            default = getattr(info.default, f.name)
+        elif f.default_factory is not dataclasses.MISSING:
+            default = f.default_factory()
+        else:
+            default = MISSING if f.default is dataclasses.MISSING else f.default
+        if default == ():
+            hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="(default: none)")]
+        section = default.__doc__ if dataclasses.is_dataclass(default) else None
+        fields.append(StructFieldSpec(f.name, hint, default, section or partial(_help, info.type, f.name)))
+    return StructConstructorSpec(partial(_unchecked, info.type), tuple(fields))
 
 
-def preset_files() -> dict[str, Path]:
-    """Presets by name; those in ./experiments hide those beside the package."""
-    folders = (package_parent() / "experiments", Path.cwd() / "experiments")
-    return {file.stem: file for folder in folders for file in sorted(folder.glob("[!_]*.py"))}
+def _unchecked(kind: type, /, **values: Any) -> Any:
+    made: Any = object.__new__(kind)
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
-def describe_presets() -> str:
-    return (
-        "Trains a DETR. --preset NAME starts from one of "
-        f"{', '.join(sorted(preset_files()))}; --preset FILE.py from your own; any flag changes it; "
-        "--print-config shows the result as flags and ends."
-    )
+def _help(kind: type, name: str) -> str | None:
+    return _sentences(kind).get(name)
 
 
-def check_types(config: Config, source: str) -> Config:
-    """The config as read back from its own flags: dataclasses don't check their types, the command line does."""
-    args = [arg for flag in flags(config) for arg in flag]
-    try:
-        again = parse(Config, Config(), args, source, "")
-    except SystemExit as error:
-        raise UserError(f"{source}: the value above is not allowed; correct it in the file") from error
-    assert again == config, f"{source}: {args} does not give the same config back"
-    return again
-
-
-def flags(config: Config) -> Iterator[list[str]]:
-    """The flags, each with its values, by which a config differs from the defaults."""
-    for section in dataclasses.fields(Config):
-        values, defaults = getattr(config, section.name), getattr(Config(), section.name)
-        hints = get_type_hints(type(values))
-        for field in dataclasses.fields(values):
-            value = getattr(values, field.name)
-            if value == getattr(defaults, field.name):
-                continue
-            name = field.name.replace("_", "-")
-            if hints[field.name] is bool and isinstance(value, bool):
-                yield [f"--{section.name}.{name if value else 'no-' + name}"]
-            else:
-                items = value if isinstance(value, tuple) else (value,)
-                yield [f"--{section.name}.{name}", *map(str, items)]
+@cache
+def _sentences(kind: type) -> dict[str, str]:
+    """The sentences below the fields of a dataclass, each on one line."""
+    found = docstring_parser.parse_from_object(kind).params
+    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in found}

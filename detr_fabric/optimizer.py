@@ -9,18 +9,19 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from detr_fabric.config import OptimConfig
+from detr_fabric.model.mappings import is_learned_by_a_mapping
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig, fused: bool = True) -> AdamW:
-    """Groups "transformer" (all that is in no other), "backbone" and "alpha": together every trainable parameter.
+    """AdamW with groups "backbone", "alpha" (what mappings learn) and "transformer" (the rest of what is trained).
 
-    fused: one kernel for all; not with fp16's loss scaling, for Fabric can't clip the gradients of such an optimizer.
+    fused: one kernel for all parameters; impossible with fp16's loss scaling, where Fabric could not clip gradients.
     """
     groups: dict[str, list[nn.Parameter]] = {"transformer": [], "backbone": [], "alpha": []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            key = "alpha" if name.endswith("alpha_logit") else "backbone" if "backbone" in name else "transformer"
-            groups[key].append(p)
+            learned = is_learned_by_a_mapping(name)
+            groups["alpha" if learned else "backbone" if "backbone" in name else "transformer"].append(p)
     lr = {"transformer": optim.lr, "backbone": optim.lr_backbone, "alpha": optim.alpha_lr_factor * optim.lr}
     assert sum(map(len, groups.values())) == sum(p.requires_grad for p in model.parameters())
     return AdamW(
@@ -39,17 +40,20 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, fused: bool = True) ->
 
 
 def build_scheduler(optimizer: AdamW, optim: OptimConfig, steps_per_epoch: int, total_steps: int) -> LambdaLR:
-    """Learning rate factors by optimizer step: a drop by 10 (StepLR), one linear rise and fall, or constant."""
+    """Factors of the learning rate by optimizer step: drops to a tenth (StepLR), one linear rise and fall, or 1."""
 
     def step_drop(step: int) -> float:
-        return 0.1 ** (step // (steps_per_epoch * optim.lr_drop))
+        return rise(step) * 0.1 ** (step // (steps_per_epoch * optim.lr_drop))
 
     def one_cycle(step: int) -> float:
         peak = max(1, round(optim.warmup * total_steps))
-        return min((step + 1) / peak, max(0.0, (total_steps - step) / max(1, total_steps - peak)), 1.0)
+        return min((step + 1) / peak, max(0.0, (total_steps - step) / max(1, total_steps - peak)))
 
     def constant(step: int) -> float:
-        return 1.0
+        return rise(step)
+
+    def rise(step: int) -> float:
+        return min(1.0, (step + 1) / (optim.warmup_steps + 1))
 
     schedule: Callable[[int], float] = {"step": step_drop, "one-cycle": one_cycle, "constant": constant}[optim.schedule]
     return LambdaLR(

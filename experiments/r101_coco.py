@@ -1,6 +1,6 @@
 """DETR with ResNet-101 on COCO, 500 epochs.
 
-    torchrun --nproc_per_node 8 -m detr_fabric.train --preset r101_coco --data.root coco
+    torchrun --nproc_per_node 2 -m detr_fabric.train --preset r101_coco --data.root coco
 
 Expected: AP 43.5, AP50 63.8 (published; 152 GFLOPs). Not run here yet.
 """

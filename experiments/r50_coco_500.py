@@ -1,6 +1,6 @@
 """DETR with ResNet-50 on COCO, 500 epochs: the recipe of the paper's tables.
 
-    torchrun --nproc_per_node 8 -m detr_fabric.train --preset r50_coco_500 --data.root coco
+    torchrun --nproc_per_node 2 -m detr_fabric.train --preset r50_coco_500 --data.root coco
 
 Expected: AP 42.0, AP50 62.4 (published; 8 V100, batch 16 in all, about 10 days). Not run here yet.
 """

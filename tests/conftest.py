@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.patching import Patch, patched
+
 GOLDEN = Path(__file__).parent / "golden"
+PROCESSES = Path(__file__).parent / "processes"
 
 
 # Two processes run the tests, each with a thread of its own for arithmetic; torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU Triton's kernels run in its interpreter; Triton reads this when it is imported.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Where pytest runs in the background of a script, SIGINT is ignored, which every process of the tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -27,6 +36,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = sorted(p for p in folder.glob("*.json") if p.with_suffix(".npz").exists())
         assert cases, f"{folder} holds no golden case"
         metafunc.parametrize("golden_case", cases, ids=[p.stem for p in cases])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if PROCESSES in item.path.parents:
+            item.add_marker("process")
+
+
+@pytest.fixture
+def patch() -> Iterator[Patch]:
+    """patch(owner, name, replacement) replaces a function during the test, which fails if nothing calls it."""
+    with contextlib.ExitStack() as replaced:
+        yield lambda owner, name, replacement: replaced.enter_context(patched(owner, name, replacement))
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+from detr_fabric.launcher import launched
 from experiments.debug import config as debug
 
 config = replace(debug, train=replace(debug.train, log_every=1))
 
-if "FAULT" in os.environ:
+if "FAULT" in os.environ and launched() is not None:  # not in the launcher, which reads its presets too
     from tests import faults
 
     name, *args = os.environ["FAULT"].split()

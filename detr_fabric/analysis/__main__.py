@@ -6,62 +6,33 @@ python -m detr_fabric.analysis runs/softmax/best.ckpt runs/sparsemax/best.ckpt -
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
-from detr_fabric.cli import fail, parse, reader_may_leave
-from detr_fabric.config import Config, DataConfig
+from detr_fabric.analysis.settings import ABOUT, PROG, AnalysisSettings
+from detr_fabric.cli import entry_point, parse
+from detr_fabric.errors import UserError
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What is analysed and drawn; everything else comes from the checkpoints."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    out: str = "attention"
-    """Folder for statistics.json, overview.png and the pictures."""
-    images: int = 4
-    """Images that are drawn: with objects, spread evenly over the validation images."""
-    image_ids: tuple[str, ...] = ()
-    """Ids of the images that are drawn, instead."""
-    queries: int = 3
-    """Queries drawn for each image: the most confident detections, or the surest true objects of a comparison."""
-    query_ids: tuple[int, ...] = ()
-    """Numbers of the queries that are drawn, instead of the most confident."""
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device type."""
-
-    def __post_init__(self) -> None:
-        if self.images < 0 or self.queries < 1:
-            raise ValueError(f"images is {self.images} and queries is {self.queries}: at least 0 and 1")
-        if min(self.query_ids, default=0) < 0:
-            raise ValueError(f"query-ids has {min(self.query_ids)}: queries count from 0")
+if TYPE_CHECKING:
+    from detr_fabric.runtime.rebuild import Rebuilt
 
 
-@reader_may_leave()
+@entry_point()
 def main() -> None:
-    prog = "python -m detr_fabric.analysis"
-    about = (
-        "Analyses CHECKPOINTs, the first arguments: sparsity of every attention head over the validation images "
-        "(statistics.json, overview.png), and pictures of the cross-attention, side by side for several checkpoints. "
-        "Data settings default to those that the first checkpoint was trained with."
-    )
-    files = list(takewhile(lambda arg: not arg.startswith("-"), sys.argv[1:]))
-    rest = sys.argv[1 + len(files) :]
-    if not files:
-        parse(Settings, Settings(), rest, prog, about)
-        fail(ValueError(f"name a checkpoint: {prog} CHECKPOINT"))
-    try:
-        from detr_fabric.analysis.report import report
-        from detr_fabric.checkpoint import load_checkpoint
+    rebuilt: dict[str, Rebuilt] = {}
 
-        contents = {file: load_checkpoint(Path(file)) for file in files}
-        first = Config.from_dict(contents[files[0]]["config"])
-        report(contents, parse(Settings, Settings(first.data), rest, prog, about))
-    except ValueError as error:
-        fail(error)
+    def start(given: AnalysisSettings) -> AnalysisSettings:
+        from detr_fabric.runtime.rebuild import rebuild
+
+        if not given.checkpoints:
+            raise UserError(f"name a checkpoint: {PROG} CHECKPOINT")
+        rebuilt.update({file: rebuild(Path(file), given.dc5) for file in given.checkpoints})
+        return AnalysisSettings(given.checkpoints, rebuilt[given.checkpoints[0]].config.data)
+
+    settings = parse(AnalysisSettings, sys.argv[1:], PROG, ABOUT, start)
+    from detr_fabric.analysis.report import report
+
+    report(rebuilt, settings)
 
 
 if __name__ == "__main__":

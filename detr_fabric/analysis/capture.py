@@ -1,4 +1,4 @@
-"""What a DETR's attention blocks compute, seen by observers that stay for as long as a `with` lasts.
+"""What a DETR's attention blocks compute, seen by observers that stay for the length of a `with` block.
 
 Shapes: B batch, h×w features, H heads, T queries and S keys of one attention block (image tokens: h·w).
 """
@@ -21,12 +21,12 @@ from detr_fabric.model.transformer import DecoderLayer, EncoderLayer
 Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
 SITES: tuple[Site, ...] = ("encoder_self", "decoder_self", "decoder_cross")
 
-See = Callable[[Site, int, Tensor, Tensor], None]
+Observer = Callable[[Site, int, Tensor, Tensor], None]
 """Gets site, layer (from 0), weights (B, H, T, S) and the feature mask (B, h, w), True on padding."""
 
 
-def plain(model: nn.Module) -> DETR:
-    """The DETR inside what Fabric, DDP or torch.compile wrapped around it."""
+def unwrap(model: nn.Module) -> DETR:
+    """The DETR inside the wrappers of Fabric, DDP and torch.compile."""
     while not isinstance(model, DETR):
         inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
         assert isinstance(inner, nn.Module), f"{type(model).__name__} holds no DETR"
@@ -45,14 +45,24 @@ def attention_blocks(model: DETR) -> dict[Site, list[Attention]]:
     }
 
 
-@contextmanager
-def observe(model: nn.Module, see: See) -> Iterator[DETR]:
-    """Calls `see` for every attention block of every forward pass; yields the plain DETR, on which to run these.
+def mappings(model: DETR) -> dict[Site, str]:
+    """The mapping of each site that has a layer."""
+    return {site: blocks[0].mapping for site, blocks in attention_blocks(model).items() if blocks}
 
-    (A compiled model would be compiled anew, and DDP's forward would wait for other ranks.) On leaving, also by an
-    error, every block has the observer it had before.
+
+def mapping_names(model: DETR) -> str:
+    """The mappings in short, as figures show them."""
+    return " / ".join(dict.fromkeys(mappings(model).values()))
+
+
+@contextmanager
+def observe(model: nn.Module, see: Observer) -> Iterator[DETR]:
+    """Calls `see` for every attention block of every forward pass; yields the unwrapped DETR, which must be the one
+    that is run: a compiled model would be compiled anew, and DDP's forward would wait for other ranks.
+
+    On leaving, also by an error, every block has the observer it had before.
     """
-    detr = plain(model)
+    detr = unwrap(model)
     masks: list[Tensor] = []
 
     def keep_mask(module: nn.Module, inputs: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor]) -> None:
@@ -86,10 +96,10 @@ def capture(model: nn.Module) -> Iterator[Captured]:
     """Keeps the weights of all attention blocks:
 
     with capture(model) as seen:
-        plain(model)(images, mask)
+        unwrap(model)(images, mask)
     seen.weights["decoder_cross"][5]
 
-    Many and large images fill the memory: see `observe` to look at one block at a time.
+    Many or large images fill the memory; `observe` looks at one block at a time.
     """
     captured = Captured()
 

@@ -1,4 +1,4 @@
-"""Attention painted over an image: the colour scale and one tile.
+"""Attention painted over an image: one colour scale for a whole figure, its legend, and one tile.
 
 Shapes: h×w features.
 """
@@ -6,62 +6,68 @@ Shapes: h×w features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance
 from torch import Tensor
 
-from detr_fabric.pictures import Color
+from detr_fabric.analysis.measures import NEAR_ZERO
+from detr_fabric.draw import Color, clip
 
-# Nine colours of Matplotlib's inferno (Smith & van der Walt 2015), evenly spaced: perceived lightness rises evenly.
-INFERNO: tuple[Color, ...] = (
-    (0, 0, 4),
-    (31, 12, 72),
-    (85, 15, 109),
-    (136, 34, 106),
-    (186, 54, 85),
-    (227, 89, 51),
-    (249, 140, 10),
-    (249, 201, 50),
-    (252, 255, 164),
-)
+if TYPE_CHECKING:
+    from matplotlib.cm import ScalarMappable
+
 TILE = 168  # longer side of a tile in pixels
+OPACITY = 0.85  # of a weight's colour over the image
+NEARLY_ZERO = "#2f6f9f"  # of weights below NEAR_ZERO, at half the opacity: a hue that the other colours don't have
 
 
-@cache
-def color_table() -> np.ndarray:
-    """(256, 3) uint8: INFERNO interpolated."""
-    places = np.linspace(0, len(INFERNO) - 1, 256)
-    channels = [np.interp(places, range(len(INFERNO)), channel) for channel in zip(*INFERNO, strict=True)]
-    return np.stack(channels, -1).round().astype(np.uint8)
+def color_scale(largest: float) -> ScalarMappable:
+    """The colours of weights from NEAR_ZERO to the largest one, which grow lighter with the weight's logarithm."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+
+    colors = colormaps["inferno"].with_extremes(under=NEARLY_ZERO)
+    return ScalarMappable(LogNorm(NEAR_ZERO, max(largest, 10 * NEAR_ZERO), clip=False), colors)
 
 
-def heat(image: Image.Image, weights: Tensor, boxes: Sequence[tuple[Sequence[float], Color]]) -> Image.Image:
-    """A tile of the image under weights (h, w), relative to their largest; boxes: xyxy in [0, 1] and their colours.
+def heat(
+    image: Image.Image, weights: Tensor, boxes: Sequence[tuple[Sequence[float], Color]], scale: ScalarMappable
+) -> Image.Image:
+    """A tile of the image under the colours of weights (h, w); boxes: xyxy in [0, 1] and their colours.
 
-    Cells keep their edges, for blurring would hide which weights are 0: there the image shows, dimmed and pale.
+    Where a weight is exactly 0, the image shows, dimmed and pale. Cells keep their edges, because blurring would hide
+    which weights are 0.
     """
-    scale = TILE / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    resample = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+    shrink = TILE / max(image.size)
+    width, height = (max(1, round(side * shrink)) for side in image.size)
+    resample = Image.Resampling.LANCZOS if shrink < 1 else Image.Resampling.NEAREST
     pale = ImageEnhance.Color(image.resize((width, height), resample)).enhance(0.4)
     dimmed = np.asarray(pale, np.float32) * 0.65
-    relative = (weights / weights.max().clamp_min(1e-30)).cpu().numpy()
-    # Small weights stay visible where they are laid thinly over the image.
-    opacity = 0.92 * relative[..., None] ** 0.35
-    cells = np.concatenate([color_table()[(relative * 255).round().astype(np.uint8)], 255 * opacity], -1)
-    enlarged = Image.fromarray(cells.round().astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
+    values = weights.cpu().numpy()
+    cells = scale.to_rgba(values)  # (h, w, 4), in [0, 1]
+    cells[..., 3] = OPACITY * (values > 0) * np.where(values < NEAR_ZERO, 0.5, 1)
+    enlarged = Image.fromarray((255 * cells).round().astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
     color, opaque = np.split(np.asarray(enlarged, np.float32), [3], -1)
     tile = Image.fromarray((dimmed + (color - dimmed) * opaque / 255).round().astype(np.uint8))
     for box, line in boxes:
-        left, top, right, bottom = (min(max(x, 0.0), 1.0) for x in box)
-        place = (left * (width - 1), top * (height - 1), right * (width - 1), bottom * (height - 1))
-        ImageDraw.Draw(tile).rectangle(place, outline=line, width=2)
+        scaled = [x * (side - 1) for x, side in zip(box, (width, height) * 2, strict=True)]
+        if (place := clip(scaled, (width, height))) is not None:
+            ImageDraw.Draw(tile).rectangle(place, outline=line, width=2)
     return tile
 
 
-def scale_bar(width: int, height: int) -> Image.Image:
-    """The colours from 0 to the largest weight."""
-    row = color_table()[np.linspace(0, 255, width).round().astype(np.uint8)]
-    return Image.fromarray(np.broadcast_to(row, (height, width, 3)).copy())
+def scale_bar(scale: ScalarMappable, width: int = 420, height: int = 60) -> Image.Image:
+    """The legend of the colours."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    bar = figure.colorbar(scale, cax=figure.subplots(), orientation="horizontal", extend="min", extendfrac=0.12)
+    bar.set_label("attention weight", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from lightning_fabric.utilities import move_data_to_device
 from PIL import Image
-from rich.progress import track
 
-from detr_fabric.analysis.capture import attention_blocks, capture
-from detr_fabric.analysis.measures import crop_padding
+from detr_fabric.analysis.capture import mapping_names, mappings
+from detr_fabric.analysis.figures import comparison_figure, query_figure
+from detr_fabric.analysis.maps import AttentionMaps, attention_maps
 from detr_fabric.analysis.plots import overview
-from detr_fabric.analysis.sheets import Look, comparison_sheet, query_sheet
-from detr_fabric.analysis.statistics import AttentionStatistics, attention_statistics
-from detr_fabric.batch import normalize, pad_images
+from detr_fabric.analysis.records import write_records
+from detr_fabric.analysis.statistics import AttentionStatistics, PairRecord, attention_statistics
 from detr_fabric.boxes import cxcywh_to_xyxy
-from detr_fabric.checkpoint import load_model_state
 from detr_fabric.config import Config
-from detr_fabric.data.coco import Categories, CocoDetection
-from detr_fabric.data.loader import EvalLoader, build_validation
+from detr_fabric.data.batch import pad_images
+from detr_fabric.data.build import build_validation_by_name
+from detr_fabric.data.dataset import CocoDetection
+from detr_fabric.data.loader import EvalLoader
 from detr_fabric.errors import UserError
-from detr_fabric.loss.matcher import match, pad_targets
-from detr_fabric.model.detr import DETR, DETROutput, build_model, post_process
-from detr_fabric.output import replace_text, writing
+from detr_fabric.loss.matcher import HungarianMatcher, pad_targets
+from detr_fabric.model.build import build_model
+from detr_fabric.model.detr import DETR, DETROutput
+from detr_fabric.runtime.files import check_outputs, replace_text, writing
+from detr_fabric.runtime.rebuild import Rebuilt
+from detr_fabric.terminal import counted, say
 
 if TYPE_CHECKING:
-    from detr_fabric.analysis.__main__ import Settings
+    from detr_fabric.analysis.settings import AnalysisSettings
+
+T = TypeVar("T")
 
 
 class Subject(NamedTuple):
@@ -43,55 +47,54 @@ class Subject(NamedTuple):
 
     name: str
     file: str
-    step: int
+    step: int | None  # None: an original checkpoint, which does not say
     cfg: Config
     model: DETR
     dataset: CocoDetection
 
     @property
-    def costs(self) -> tuple[float, float, float]:
+    def matcher(self) -> HungarianMatcher:
         loss = self.cfg.loss
-        return loss.cost_class, loss.cost_bbox, loss.cost_giou
-
-    @property
-    def mappings(self) -> dict[str, str]:
-        """The mapping of each site that has a layer."""
-        return {site: blocks[0].mapping for site, blocks in attention_blocks(self.model).items() if blocks}
-
-    @property
-    def mapping(self) -> str:
-        """The mappings in short, as pictures show them."""
-        return " / ".join(dict.fromkeys(self.mappings.values()))
+        return HungarianMatcher(loss.cost_class, loss.cost_bbox, loss.cost_giou, loss.focal)
 
 
-def report(contents: dict[str, dict[str, Any]], settings: Settings) -> None:
-    """Analyses loaded checkpoints, given by file name, and writes into settings.out; the work of __main__.py.
+def report(checkpoints: dict[str, Rebuilt], settings: AnalysisSettings) -> None:
+    """Analyses the models of checkpoints, given by file name, and writes into settings.out; the work of __main__.py.
 
     Raises UserError for a device, data, images or queries that aren't there, or a folder that can't be written.
     """
     if settings.accelerator == "cuda" and not torch.cuda.is_available():
         raise UserError("--accelerator cuda: no CUDA device is visible; use auto or cpu")
     device = torch.device("cuda" if settings.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-    names = subject_names({file: content["config"]["train"]["name"] for file, content in contents.items()})
-    subjects = [subject(names[file], file, content, settings, device) for file, content in contents.items()]
+    names = subject_names({file: str(rebuilt.config.train.name) for file, rebuilt in checkpoints.items()})
+    subjects = [subject(names[file], file, rebuilt, settings, device) for file, rebuilt in checkpoints.items()]
     indices = chosen_images(subjects[0].dataset, settings.images, settings.image_ids)
     for each in subjects:
         if max(settings.query_ids, default=0) >= (queries := each.cfg.model.num_queries):
             raise UserError(f"--query-ids {max(settings.query_ids)}: {each.file} has queries 0 to {queries - 1}")
     folder = Path(settings.out)
+    check_outputs(f"--out {folder}", [folder / "statistics.json", folder / "overview.png"], checkpoints)
     with writing(f"--out {folder}", "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
+    if settings.random:
+        subjects += [untrained(each, device) for each in subjects]
     measured = [(each, measure(each, device)) for each in subjects]
     with writing(f"--out {folder}", "choose another folder"):
         save_statistics(folder / "statistics.json", measured)
-        figure = overview([(f"{each.name}, {each.mapping}", statistics) for each, statistics in measured])
-        figure.save(folder / "overview.png")
-    for index in indices:
-        sheets = draw_image(subjects, index, settings.queries, settings.query_ids, device)
-        with writing(f"--out {folder}", "choose another folder"):
-            for name, sheet in sheets.items():
-                sheet.save(folder / name)
-    print(f"written to {folder}: statistics.json, overview.png and the attention in {len(indices)} images")
+        write_records(folder, {each.name: statistics for each, statistics in measured})
+        chart = overview([(f"{each.name}, {mapping_names(each.model)}", statistics) for each, statistics in measured])
+        chart.savefig(folder / "overview.png")
+    with counted("pictures", len(indices)) as progress:
+        for done, index in enumerate(indices, 1):
+            figures = draw_image(subjects, index, settings.queries, settings.query_ids, device)
+            with writing(f"--out {folder}", "choose another folder"):
+                for name, figure in figures.items():
+                    figure.save(folder / name)
+            progress(done)
+    say(
+        f"written to {folder}: statistics.json, overview.png, tables and records (measures, paibb, images, pairs) "
+        f"and the attention in {len(indices)} images"
+    )
 
 
 def subject_names(names: dict[str, str]) -> dict[str, str]:
@@ -105,16 +108,22 @@ def subject_names(names: dict[str, str]) -> dict[str, str]:
     return {file: file for file in names}
 
 
-def subject(name: str, file: str, content: dict[str, Any], settings: Settings, device: torch.device) -> Subject:
-    """Rebuilds the model of a checkpoint and its view of the data: all see the same images, with their own classes."""
-    stored = Config.from_dict(content["config"])
-    data = replace(settings.data, label_space=stored.data.label_space)
-    cfg = replace(stored, data=data).resolve()
-    categories = Categories.from_dict(content["categories"])
-    dataset = build_validation(cfg.data, categories, cfg.train.seed)
-    model = build_model(cfg.model, cfg.attn, categories.num_classes, pretrained=False)
-    load_model_state(model, content["model"], file)
-    return Subject(name, file, content["state"]["step"], cfg, model.to(device).eval(), dataset)
+def subject(name: str, file: str, rebuilt: Rebuilt, settings: AnalysisSettings, device: torch.device) -> Subject:
+    """The model of a checkpoint and its view of the data: all see the same images, with their own classes."""
+    data = replace(settings.data, label_space=rebuilt.config.data.label_space)
+    cfg = replace(rebuilt.config, data=data).resolve()
+    dataset, matched = build_validation_by_name(cfg.data, rebuilt.categories, cfg.train.seed)
+    for note in matched.notes:
+        say(f"{name}: {note}")
+    return Subject(name, file, rebuilt.step, cfg, rebuilt.model.to(device).eval(), dataset)
+
+
+def untrained(each: Subject, device: torch.device) -> Subject:
+    """The same model before its first step: what training adds to a measure is the difference."""
+    torch.manual_seed(each.cfg.train.seed)
+    num_classes = each.dataset.categories.num_classes
+    model = build_model(each.cfg.model, each.cfg.attn, num_classes, focal=each.cfg.loss.focal)
+    return each._replace(name=f"{each.name}, random weights", step=0, model=model.to(device).eval())
 
 
 def chosen_images(dataset: CocoDetection, count: int, image_ids: Sequence[str]) -> list[int]:
@@ -136,19 +145,33 @@ def measure(each: Subject, device: torch.device) -> AttentionStatistics:
     loader = EvalLoader(
         each.dataset,
         batch_size=1,  # padding beside an image would change its features, and a batch the memory that is needed
-        rank=0,
-        world=1,
-        workers=each.cfg.data.workers,
-        pad_multiple=each.cfg.data.pad_multiple,
-        pin_memory=device.type == "cuda",
+        data=each.cfg.data,
+        pin=device.type == "cuda",
     )
-    readable = ((batch, targets) for batch, targets in loader if targets[0].fault is None)
-    batches = track(readable, each.name, len(loader), transient=True, disable=not sys.stdout.isatty())
-    statistics = attention_statistics(each.model, batches, each.costs)
+    readable = ((batch, targets) for batch, targets in loader if targets[0].read_error is None)
+    with counted(f"images ({each.name})", len(loader)) as progress:
+        statistics = attention_statistics(each.model, _telling(readable, progress), each.matcher)
+    statistics = statistics._replace(pair_records=with_areas(statistics.pair_records, each.dataset))
     unread = len(each.dataset) - statistics.images
     images = f"{statistics.images} images" + (f" ({unread} more could not be read)" if unread else "")
-    print(f"{each.name}: {images}, step {each.step}, in {time.perf_counter() - started:.1f} s")
+    trained = "original checkpoint" if each.step is None else f"step {each.step}"
+    say(f"{each.name}: {images}, {trained}, in {time.perf_counter() - started:.1f} s")
     return statistics
+
+
+def with_areas(pairs: Sequence[PairRecord], dataset: CocoDetection) -> list[PairRecord]:
+    """The pairs with their objects' areas as annotated: COCO's sizes go by the area of the mask, not of the box."""
+    known = dataset.annotations
+    rows = {image_id: known.objects(index) for index, image_id in enumerate(dataset.image_ids)}
+    areas = {image_id: known.areas[objects][~known.crowd[objects]] for image_id, objects in rows.items()}
+    return [pair._replace(area=float(areas[pair.image_id][pair.object])) for pair in pairs]
+
+
+def _telling(batches: Iterable[T], progress: Callable[[int], None]) -> Iterator[T]:
+    """The same batches; how many have come is told."""
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        progress(done)
 
 
 def save_statistics(path: Path, measured: Sequence[tuple[Subject, AttentionStatistics]]) -> None:
@@ -158,7 +181,7 @@ def save_statistics(path: Path, measured: Sequence[tuple[Subject, AttentionStati
             "name": each.name,
             "checkpoint": each.file,
             "step": each.step,
-            "mapping": each.mappings,
+            "mapping": mappings(each.model),
             "images": statistics.images,
             "pairs": statistics.pairs,
             "curves": statistics.curves(),
@@ -172,19 +195,19 @@ def save_statistics(path: Path, measured: Sequence[tuple[Subject, AttentionStati
 def draw_image(
     subjects: Sequence[Subject], index: int, count: int, query_ids: Sequence[int], device: torch.device
 ) -> dict[str, Image.Image]:
-    """The sheets of one image by file name: one for each model and, for several, one that compares them."""
-    looks = [look(each, index, device) for each in subjects]
+    """The figures of one image by file name: one for each model and, for several, one that compares them."""
+    models = [image_maps(each, index, device) for each in subjects]
     image_id = str(subjects[0].dataset.image_ids[index])
     title, stem = f"image {image_id}", f"image{file_name(image_id)}"
-    sheets = {}
-    for seen in looks:
-        queries = list(query_ids) or seen.scores.argsort(descending=True)[:count].tolist()
-        sheets[f"{stem}_{file_name(seen.model)}.png"] = query_sheet(seen, queries, title)
-    if len(looks) > 1:
-        first = looks[0]
-        surest = sorted(first.matched, key=lambda number: -float(first.scores[first.matched[number]]))
-        sheets[f"{stem}.png"] = comparison_sheet(looks, surest[:count], title)
-    return sheets
+    figures = {}
+    for maps in models:
+        queries = list(query_ids) or maps.scores.argsort(descending=True)[:count].tolist()
+        figures[f"{stem}_{file_name(maps.model)}.png"] = query_figure(maps, queries, title)
+    if len(models) > 1:
+        first = models[0]
+        by_score = sorted(first.matched, key=lambda number: -float(first.scores[first.matched[number]]))
+        figures[f"{stem}.png"] = comparison_figure(models, by_score[:count], title)
+    return figures
 
 
 def file_name(name: str) -> str:
@@ -192,31 +215,13 @@ def file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name).strip("_")
 
 
-@torch.no_grad()
-def look(each: Subject, index: int, device: torch.device) -> Look:
-    """Runs a model on one image and keeps what a sheet shows."""
+def image_maps(each: Subject, index: int, device: torch.device) -> AttentionMaps:
+    """The attention of a model in one image of the data set, with the ground truth."""
     image, target = each.dataset[(0, index)]
     batch, target_there = move_data_to_device((pad_images([image]), target), device)
-    with capture(each.model) as seen:
-        logits, boxes = each.model(*normalize(batch))
-    last = DETROutput(logits[-1:], boxes[-1:])
-    matches = match(last, pad_targets([target_there]), *each.costs)
-    scores, labels, _ = post_process(logits[-1], boxes[-1], torch.tensor([target.size], device=device))
-    assert seen.mask is not None
-    h, w = seen.mask.shape[-2:]
-    layers = [seen.weights["decoder_cross"][layer] for layer in sorted(seen.weights["decoder_cross"])]
-    cross = torch.stack([crop_padding(weights, seen.mask, queries_too=False)[0] for weights in layers])
     categories = each.dataset.categories
-    return Look(
-        model=each.name,
-        mapping=each.mapping,
-        image=image,
-        scores=scores[0].cpu(),
-        labels=labels[0].cpu(),
-        boxes=cxcywh_to_xyxy(boxes[-1, 0]).cpu(),
-        cross=cross.unflatten(-1, (h, w)).cpu(),
-        true_labels=target.labels,
-        true_boxes=cxcywh_to_xyxy(target.boxes),
-        matched=dict(zip(matches.target.tolist(), matches.query.tolist(), strict=True)),
-        class_names=[categories.name(label) for label in range(categories.num_classes)],
-    )
+    names = categories.legible_names()
+    maps, output = attention_maps(each.model, each.name, image, batch, names)
+    matches = each.matcher(DETROutput(*(o[-1:] for o in output)), pad_targets([target_there]))
+    matched = dict(zip(matches.target.tolist(), matches.query.tolist(), strict=True))
+    return maps._replace(gt_labels=target.labels, gt_boxes=cxcywh_to_xyxy(target.boxes), matched=matched)

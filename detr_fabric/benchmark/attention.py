@@ -4,7 +4,7 @@
 
 What is timed is the attention of projected heads, queries (B, 8, T, 32) to keys and values (B, 8, S, 32) under a
 padding mask, without the linear layers around it: they are the same for all and would hide differences. On a GPU q, k
-and v are bfloat16, as under autocast, and whole encoder layers are timed too.
+and v are bfloat16, as under autocast; whole encoder layers are timed too, and the fused kernels if they agree there.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from detr_fabric.benchmark.measure import Call, Part, Row, measuring_clock, synchronize
-from detr_fabric.config import Mapping
+from detr_fabric.benchmark.measure import Call, PartResult, Row, measuring_clock, synchronize
+from detr_fabric.config import AttnConfig, Mapping, ModelConfig
 from detr_fabric.model.attention import Attention
+from detr_fabric.model.kernels import agreed, try_kernels
+from detr_fabric.model.kernels.agreement import FUSED
+from detr_fabric.model.mappings import is_learned_by_a_mapping
 from detr_fabric.model.transformer import EncoderLayer
 
 WIDTH, HEADS = 256, 8
@@ -42,6 +46,7 @@ OURS: dict[str, tuple[Mapping, float]] = {
     "entmax 1.25": ("entmax", 1.25),
     "entmax learned": ("entmax-learned", 1.5),
 }
+COMPILED = 64  # most versions of one function that torch may compile
 BASES = ("explicit softmax", "layer: softmax")
 
 
@@ -55,21 +60,24 @@ def _explicit(mapping: Callable[[Tensor], Tensor], padding: Tensor) -> Callable[
     return attend
 
 
-def _ours(mapping: Mapping, alpha: float, padding: Tensor) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    module = Attention(WIDTH, HEADS, mapping, alpha).to(padding.device)
-    learned: list[Tensor] = [value for name, value in module.named_parameters() if name == "alpha_logit"]
+def _ours(mapping: Mapping, alpha: float, fused: bool, padding: Tensor) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    module = Attention(WIDTH, HEADS, AttnConfig(mapping, alpha=alpha, fused=fused)).to(padding.device)
+    learned: list[Tensor] = [value for name, value in module.named_parameters() if is_learned_by_a_mapping(name)]
     return lambda q, k, v: module.attend(q, k, v, padding), learned
 
 
-def _contenders(padding: Tensor) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
-    """Functions of q, k and v with the parameters that they learn. padding: (B, S) bool."""
+def _contenders(padding: Tensor, kernels: bool) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    """Functions of q, k and v with the parameters that they learn. padding: (B, S) bool. kernels: whether fused ones
+    agree here."""
     allowed = ~padding[:, None, None, :]
     every: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
         "explicit softmax": (_explicit(lambda scores: scores.softmax(-1), padding), []),
         "SDPA": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, allowed), []),
     }
     for name, (mapping, alpha) in OURS.items():
-        every[f"ours: {name}"] = _ours(mapping, alpha, padding)
+        every[f"ours: {name}"] = _ours(mapping, alpha, False, padding)
+        if kernels and mapping in FUSED:
+            every[f"fused: {name}"] = _ours(mapping, alpha, True, padding)
     if importlib.util.find_spec("entmax"):
         import entmax
 
@@ -96,7 +104,7 @@ def _attention_calls(queries: int, keys: int, device: torch.device, compiled: bo
             attend = torch.compile(attend, fullgraph=True, dynamic=False)
         return lambda: torch.autograd.grad(attend(q, k, v), [q, k, v, *learned], g)
 
-    every = _contenders(padding)
+    every = _contenders(padding, kernels=not compiled and agreed(q))
     return {n: call(*c) for n, c in every.items() if not (compiled and n.startswith("package"))}
 
 
@@ -107,10 +115,8 @@ def _layer_calls(tokens: int, device: torch.device, compiled: bool) -> dict[str,
     padding = torch.zeros(8, tokens, dtype=torch.bool, device=device)
     padding[-1, int(0.8 * tokens) :] = True
 
-    def call(mapping: Mapping, alpha: float) -> Call:
-        layer = EncoderLayer(WIDTH, 2048, 0.1, False, lambda: Attention(WIDTH, HEADS, mapping, alpha, dropout=0.1)).to(
-            device
-        )
+    def call(mapping: Mapping, alpha: float, fused: bool = False) -> Call:
+        layer = EncoderLayer(ModelConfig(), AttnConfig(mapping, alpha=alpha, fused=fused)).to(device)
         forward = torch.compile(layer, fullgraph=True, dynamic=False) if compiled else layer
 
         def step() -> None:
@@ -120,7 +126,10 @@ def _layer_calls(tokens: int, device: torch.device, compiled: bool) -> dict[str,
 
         return step
 
-    return {f"layer: {name}": call(*arguments) for name, arguments in OURS.items()}
+    calls = {f"layer: {name}": call(*arguments) for name, arguments in OURS.items()}
+    if not compiled and agreed(torch.empty(1, 1, 1, WIDTH // HEADS, device=device, dtype=torch.bfloat16)):
+        calls |= {f"layer, fused: {name}": call(*of, True) for name, of in OURS.items() if of[0] in FUSED}
+    return calls
 
 
 def _best_ms(calls: dict[str, Call], device: torch.device, seconds: float) -> dict[str, float]:
@@ -159,32 +168,32 @@ def _peak_mb(call: Call, device: torch.device) -> float:
         record.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    return max(itertools.accumulate(change for _, change in changes)) / 1e6
+    return float(max(itertools.accumulate(change for _, change in changes))) / 1e6
 
 
-def measure(device: torch.device, quick: bool, seconds: float = 5.0) -> Part:
+def measure(device: torch.device, quick: bool, seconds: float = 5.0, shapes: Sequence[str] = ()) -> PartResult:
     """One row for each shape, contender, and eager or compiled.
 
-    quick: eager only and without the longest shape. seconds: spent on repeats at each shape.
+    quick: eager only and without the longest shape. seconds: spent on repeats at each shape. shapes:
+    names of SHAPES; none: all of them.
     """
     found: list[Row] = []
+    if device.type == "cuda":
+        print(*try_kernels(AttnConfig("entmax-learned", "sparsemax", "entmax15"), device, "bf16-mixed", WIDTH // HEADS))
     missing = [] if importlib.util.find_spec("entmax") else ["entmax"]
     for compiled in (False,) if quick else (False, True):
         sites: dict[str, dict[str, Call]] = {}
-        for shape, (queries, keys) in SHAPES.items():
+        for shape, (queries, keys) in ((shape, SHAPES[shape]) for shape in shapes or SHAPES):
             if not quick or keys <= 950:
                 sites[shape] = _attention_calls(queries, keys, device, compiled)
         if device.type == "cuda":
             sites["encoder layer, 950 tokens"] = _layer_calls(950, device, compiled)
         for shape, calls in sites.items():
-            for name, ms in _best_ms(calls, device, seconds).items():
-                found.append(
-                    {
-                        "case": shape,
-                        "name": name + ", compiled" * compiled,
-                        "ms": ms,
-                        "peak_mb": _peak_mb(calls[name], device),
-                    }
-                )
+            # All mappings are compiled from one function; with every shape, they exceed torch's limit of recompilation.
+            torch._dynamo.reset()
+            with torch._dynamo.config.patch(recompile_limit=COMPILED):
+                for name, ms in _best_ms(calls, device, seconds).items():
+                    peak = _peak_mb(calls[name], device)
+                    found.append({"case": shape, "name": name + ", compiled" * compiled, "ms": ms, "peak_mb": peak})
     base = {row["case"]: row["ms"] for row in found if row["name"] in BASES}
-    return Part([row | {"ratio": row["ms"] / base[row["case"]]} for row in found], missing)
+    return PartResult([row | {"ratio": row["ms"] / base[row["case"]]} for row in found], missing)

@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as F
 
-from detr_fabric.batch import IMAGENET_MEAN, IMAGENET_STD, ImageBatch, normalize
-from detr_fabric.benchmark.measure import Call, Part, interleaved, rows
+from detr_fabric.benchmark.measure import Call, PartResult, interleaved, rows
 from detr_fabric.config import COCO_SCALES
-from detr_fabric.data.annotations import clip_boxes
-from detr_fabric.data.coco import CocoDetection, read_annotations
-from detr_fabric.data.loader import Batches
+from detr_fabric.data.batch import IMAGENET_MEAN, IMAGENET_STD, ImageBatch, normalize
+from detr_fabric.data.dataset import CocoDetection
+from detr_fabric.data.formats.annotations import clip_boxes, read_annotations
+from detr_fabric.data.loader import load_batch
 from detr_fabric.data.transforms import CROP_SCALES, CROP_SIDES, EvalTransform, TrainTransform, resized_size
 from detr_fabric.errors import UserError
 
@@ -31,7 +31,7 @@ SIZES = ((480, 640), (480, 640), (640, 480), (427, 640))  # height, width, of mo
 Augment = Callable[[Image.Image, Tensor, random.Random], tuple[Image.Image, Tensor]]
 
 
-def measure(device: torch.device, quick: bool, root: Path | None = None) -> Part:
+def measure(device: torch.device, quick: bool, root: Path | None = None) -> PartResult:
     """Times per image on the CPU, whatever the device, and `apart`: the largest difference of the two paths' pixels, in
     255ths of their range.
 
@@ -62,7 +62,7 @@ def measure(device: torch.device, quick: bool, root: Path | None = None) -> Part
             apart = max(_apart(load(data, 0, batch), load_classic(data, 0, batch, augment)) for batch in batches)
             images = BATCH * len(batches)
             found += [row | {"apart": apart} for row in rows(f"{case}, {images} images", times, images, "image")]
-    return Part(found)
+    return PartResult(found)
 
 
 def _epochs(load: Callable[..., ImageBatch], data: CocoDetection, batches: list[list[int]]) -> Call:
@@ -85,10 +85,8 @@ def _apart(ours: ImageBatch, theirs: ImageBatch) -> float:
 
 def load(data: CocoDetection, epoch: int, batch: list[int]) -> ImageBatch:
     """Ours: uint8 until the batch is on the device."""
-    loaded = Batches(data, pad_multiple=1, max_batch_pixels=None)[[(epoch, index) for index in batch]]
-    if isinstance(loaded, UserError):
-        raise loaded
-    return loaded[0][0]
+    ((images, _),) = load_batch(data, [(epoch, index) for index in batch])
+    return images
 
 
 def load_classic(data: CocoDetection, epoch: int, batch: list[int], augment: Augment) -> ImageBatch:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from detr_fabric.benchmark.measure import Part, interleaved, rows
-from detr_fabric.scoring import Detections, Scores, score
+from detr_fabric.benchmark.measure import PartResult, interleaved, rows
+from detr_fabric.evaluate.coco import Detections, Scores, score
 
 QUERIES, CLASSES = 100, 80
 
 
-def measure(device: torch.device, quick: bool) -> Part:
+def measure(device: torch.device, quick: bool) -> PartResult:
     """Times of one scoring on the CPU, whatever the device; a single round, for pycocotools takes a minute."""
     images = 50 if quick else 5000
     truth, detections = scenes(images)
@@ -31,7 +31,7 @@ def measure(device: torch.device, quick: bool) -> Part:
     apart = max(abs(value - scores["pycocotools"].stats[name]) for name, value in scores["ours"].stats.items())
     assert apart < 1e-12, f"the statistics differ by {apart}"
     found = rows(f"{images} images x {QUERIES}", times, images, "image")
-    return Part([row | {"AP": scores[row["name"]].stats["AP"]} for row in found])
+    return PartResult([row | {"AP": scores[row["name"]].stats["AP"]} for row in found])
 
 
 def scenes(images: int) -> tuple[dict[str, Any], list[Detections]]:

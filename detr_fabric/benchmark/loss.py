@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchvision.ops import generalized_box_iou
 
-from detr_fabric.batch import Target
-from detr_fabric.benchmark.measure import Call, Part, interleaved, rows
+from detr_fabric.benchmark.measure import Call, PartResult, interleaved, rows
 from detr_fabric.boxes import cxcywh_to_xyxy
+from detr_fabric.data.batch import Target
 from detr_fabric.loss.criterion import SetCriterion
 from detr_fabric.model.detr import DETROutput
 
@@ -25,7 +25,7 @@ OBJECTS = (2, 17, 4, 1, 7, 3, 12, 10)  # of the 8 images; COCO has 7 an image
 EOS = 0.1  # weight of the no-object class
 
 
-def measure(device: torch.device, quick: bool) -> Part:
+def measure(device: torch.device, quick: bool) -> PartResult:
     """Times of one batch's loss and its gradients, after a check that all contenders compute the same."""
     torch.manual_seed(0)
     targets = [_target(count, device) for count in OBJECTS]
@@ -34,7 +34,7 @@ def measure(device: torch.device, quick: bool) -> Part:
     criterion = SetCriterion(CLASSES).to(device)
     num_boxes = float(sum(OBJECTS))
 
-    losses = {
+    losses: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: criterion(DETROutput(logits, boxes), targets, num_boxes).total,
         "loop over layers": lambda: loss_by_layer(logits, boxes, targets, num_boxes),
     }
@@ -51,7 +51,7 @@ def measure(device: torch.device, quick: bool) -> Part:
         return lambda: torch.autograd.grad(loss(), [logits, boxes])
 
     times = interleaved({name: call(loss) for name, loss in losses.items()}, 0.5 if quick else 15, device)
-    return Part(rows(f"{LAYERS} layers, batch {len(OBJECTS)}, {sum(OBJECTS)} objects", times), missing)
+    return PartResult(rows(f"{LAYERS} layers, batch {len(OBJECTS)}, {sum(OBJECTS)} objects", times), missing)
 
 
 def _target(count: int, device: torch.device) -> Target:

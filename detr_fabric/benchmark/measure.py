@@ -20,7 +20,7 @@ Row = dict[str, Any]  # one line of a table; always with `case` and `name`, what
 PACKAGES = ("torch", "torchvision", "lightning-fabric", "transformers", "pillow", "pycocotools", "hotcoco")
 
 
-class Part(NamedTuple):
+class PartResult(NamedTuple):
     """What one part of the benchmark found."""
 
     rows: list[Row]

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from detr_fabric.benchmark.measure import Call, Part, Row, interleaved, rows
+from detr_fabric.benchmark.measure import Call, PartResult, Row, interleaved, rows
 from detr_fabric.errors import UserError
 
 TRAIN = (sys.executable, "-m", "detr_fabric.train")
-MODEL = ("--model.backbone", "resnet18", "--wandb.mode", "disabled", "--train.accelerator", "cpu")
+MODEL = ("--preset", "r18_coco", "--wandb.mode", "disabled", "--train.accelerator", "cpu")
 DATA = ("--data.shapes-train", "64", "--data.shapes-val", "8", "--data.workers", "2")
 LIMIT_SECONDS = 300
 
 
-def measure(device: torch.device, quick: bool) -> Part:
+def measure(device: torch.device, quick: bool) -> PartResult:
     """Wall times, with files in the system's cache and the built-in scenes written; beside what the imports alone cost,
     of torch for the help, and of transformers' detector and trainer for the first step."""
     importing = {"import torch, torchvision": "import torch, torchvision"}
@@ -35,7 +35,7 @@ def measure(device: torch.device, quick: bool) -> Part:
         missing.append("transformers")
     with tempfile.TemporaryDirectory() as folder:
         found += _rows("first step, resnet18 on the CPU", partial(first_step, Path(folder)), importing, quick)
-    return Part(found, missing)
+    return PartResult(found, missing)
 
 
 def _rows(case: str, ours: Call, importing: dict[str, str], quick: bool) -> list[Row]:
@@ -51,8 +51,9 @@ def first_step(folder: Path) -> None:
 
     Raises UserError when it ends, or takes minutes, without one.
     """
-    run_dir = Path(tempfile.mkdtemp(dir=folder))
-    log, output = run_dir / "log.jsonl", run_dir / "output"
+    place = Path(tempfile.mkdtemp(dir=folder))
+    run_dir, output = place / "run", place / "output"
+    log = run_dir / "log.jsonl"
     flags = ("--data.shapes-dir", str(folder / "shapes"), "--train.run-dir", str(run_dir), "--train.log-every", "1")
     end = time.perf_counter() + LIMIT_SECONDS
     with open(output, "w") as file:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from detr_fabric.benchmark.data import write_images
-from detr_fabric.benchmark.measure import Part
+from detr_fabric.benchmark.measure import PartResult
 from detr_fabric.benchmark.start import TRAIN
 from detr_fabric.errors import UserError
 
@@ -21,7 +21,7 @@ RECORDS, WARM_UP = 8, 3  # records of the run's log that are looked at, and befo
 MOST_WORKERS = 16
 
 
-def measure(device: torch.device, quick: bool) -> Part:
+def measure(device: torch.device, quick: bool) -> PartResult:
     """Images a second and the share of time spent waiting for data, medians over the log of a run: on a GPU of
     ResNet-50 at COCO's scales, 8 images a batch; on a CPU of ResNet-18 at a share of them."""
     full = device.type == "cuda" and not quick
@@ -58,4 +58,4 @@ def measure(device: torch.device, quick: bool) -> Part:
         "data wait": found["data_wait"],
         "rounds": len(speeds),
     }
-    return Part([row])
+    return PartResult([row])

@@ -1,7 +1,7 @@
 """Image files → (3, H, W) uint8 RGB, with every broken file turned into one sentence.
 
 Pillow decodes, as in the original, but for sound JPEG files, of which simplejpeg makes the same pixels sooner.
-Pixels are not turned by EXIF orientation: COCO's boxes refer to the pixels as stored.
+Whether pixels are turned by EXIF orientation is the data set's matter, see formats/orientation.py.
 """
 
 from __future__ import annotations
@@ -18,20 +18,37 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from detr_fabric.data.formats.files import open_image
+from detr_fabric.data.formats.orientation import orientation
 from detr_fabric.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 2**26 + 2**24  # 84 million pixels, 250 MB as RGB: just under the size at which Pillow starts to warn
+FLIPPED = (3, 4, 7, 8), (2, 3, 6, 7)  # EXIF orientations whose rows and columns count backwards (5 to 8: transposed)
 RETRY_SECONDS = (0.1, 0.5, 2.0)  # network file systems fail now and then
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path, turn: bool = False, size: tuple[int, int] = (0, 0)) -> Tensor:
     """Reads one image file. Returns (3, H, W) uint8 RGB; alpha is dropped and of animations the first frame is taken.
+
+    turn: turn it by its EXIF orientation tag, as viewers do. size: (height, width) that it should have; if only the
+    turned view can have it, the image is turned too.
 
     Raises UserError naming the file when it cannot be read, is no image of FORMATS, is damaged, or has more than
     MAX_PIXELS pixels (checked in the header, before decoding).
     """
-    data = _read_bytes(path)
+    return decode_image(path, _read_bytes(path), turn, size)
+
+
+def decode_image(path: str | Path, data: bytes, turn: bool = False, size: tuple[int, int] = (0, 0)) -> Tensor:
+    """The image in the content of a file, as by read_image. path: what it is called."""
+    image = _decode(path, data)
+    if turn or size[0] != size[1] and size == (image.shape[2], image.shape[1]):
+        return _turned(image, data)
+    return image
+
+
+def _decode(path: str | Path, data: bytes) -> Tensor:
     with suppress(ValueError):  # then Pillow, which forgives more, has the last word
         return _sound_jpeg(data)
     try:
@@ -59,6 +76,20 @@ def _sound_jpeg(data: bytes) -> Tensor:
     return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
 
 
+def _turned(image: Tensor, data: bytes) -> Tensor:
+    """The view (3, H', W') of pixels (3, H, W) that the tag in their file asks for, as by ImageOps.exif_transpose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tag = orientation(Image.open(io.BytesIO(data), formats=FORMATS))
+    if tag == 1:
+        return image
+    pixels = image.permute(1, 2, 0)
+    if tag > 4:
+        pixels = pixels.transpose(0, 1)
+    flipped = [axis for axis in (0, 1) if tag in FLIPPED[axis]]
+    return pixels.flip(flipped).contiguous().permute(2, 0, 1)
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """(3, H, W) uint8 RGB of an opened image, which is decoded here. What goes wrong is Pillow's to raise."""
     rgb = _rgb(image)
@@ -80,8 +111,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _read_bytes(path: Path) -> bytes:
     for seconds in (*RETRY_SECONDS, None):
         try:
-            data = path.read_bytes()
-            break
+            with open_image(path) as file:
+                return file.read()
         except FileNotFoundError as error:
             if seconds is None:
                 raise UserError(f"{path} does not exist: restore the file or take it out of the annotations") from error
@@ -89,10 +120,8 @@ def _read_bytes(path: Path) -> bytes:
             if seconds is None:
                 raise UserError(f"{path} cannot be read ({error.strerror}): check the file") from error
         time.sleep(seconds or 0)
-    if not data:
-        raise UserError(f"{path} is empty: replace the file")
-    return data
+    raise AssertionError("the last failure raises")
 
 
-def _too_large(path: Path) -> UserError:
+def _too_large(path: str | Path) -> UserError:
     return UserError(f"{path} has more than {MAX_PIXELS} pixels: scale it down, or take it out of the annotations")

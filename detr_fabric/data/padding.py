@@ -1,6 +1,6 @@
-"""Pixels of batches: how many are padding, which images to put together, and how a batch is kept under a limit.
+"""Padding of batches: how much of a batch it takes, which images to put together, and how to keep a batch small.
 
-A shape is the (height, width) of an image after its transform; (0, 0) where it is not known before reading.
+Sizes are those after the transform, (0, 0) if unknown before reading the file.
 """
 
 from __future__ import annotations
@@ -9,36 +9,39 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-Shape = tuple[int, int]
+from detr_fabric.data.batch import Size
 
 
-def likeness(shape: Shape) -> tuple[float, int]:
-    """What to sort by so that neighbours share their shape: proportions by half octaves, then area; unknown ones first.
-    Proportions alone leave twice the padding, for training draws the scale of each image anew."""
-    height, width = shape
+def bucket_key(size: Size) -> tuple[float, int]:
+    """Sort by this key to make images of similar shape neighbours: first aspect ratio in half octaves, then area;
+    unknown sizes come first. Aspect ratio alone leaves twice the padding, because training draws each image's scale."""
+    height, width = size
     return (round(2 * math.log2(width / height)), height * width) if height and width else (-math.inf, 0)
 
 
-def padded_shape(shapes: Iterable[Shape], multiple: int = 1) -> Shape:
-    """(height, width) to which these images are padded together; both multiples of `multiple`."""
-    heights, widths = zip(*shapes, strict=True)
+def padded_size(sizes: Iterable[Size], multiple: int = 1) -> Size:
+    """The size to which these images are padded together; both sides are multiples of `multiple`."""
+    heights, widths = zip(*sizes, strict=True)
     return math.ceil(max(heights) / multiple) * multiple, math.ceil(max(widths) / multiple) * multiple
 
 
-def pixels(shapes: Sequence[Shape], multiple: int = 1) -> int:
+def pixels(sizes: Sequence[Size], multiple: int = 1) -> int:
     """Pixels of the padded batch, padding included."""
-    return len(shapes) * math.prod(padded_shape(shapes, multiple))
+    return len(sizes) * math.prod(padded_size(sizes, multiple))
 
 
-def passes(shapes: Sequence[Shape], max_pixels: int | None, multiple: int = 1) -> list[list[int]]:
-    """Positions of a batch's images, divided so that no part is padded to more than `max_pixels`: as it is where it
-    fits, else like shapes together, in as few parts as a greedy cut finds. An image alone is never divided."""
-    everything = list(range(len(shapes)))
-    if max_pixels is None or pixels(shapes, multiple) <= max_pixels:
+def split_batch(sizes: Sequence[Size], max_pixels: int | None, multiple: int = 1) -> list[list[int]]:
+    """Positions of a batch's images, divided so that no part has more than `max_pixels` with padding.
+
+    A batch that fits stays whole. Otherwise similar shapes go together, in as few parts as a greedy cut finds. A single
+    image is a part of its own whatever its size.
+    """
+    everything = list(range(len(sizes)))
+    if max_pixels is None or pixels(sizes, multiple) <= max_pixels:
         return [everything]
     parts: list[list[int]] = []
-    for position in sorted(everything, key=lambda position: likeness(shapes[position])):
-        if parts and pixels([shapes[p] for p in (*parts[-1], position)], multiple) <= max_pixels:
+    for position in sorted(everything, key=lambda position: bucket_key(sizes[position])):
+        if parts and pixels([sizes[p] for p in (*parts[-1], position)], multiple) <= max_pixels:
             parts[-1].append(position)
         else:
             parts.append([position])
@@ -46,19 +49,17 @@ def passes(shapes: Sequence[Shape], max_pixels: int | None, multiple: int = 1) -
 
 
 class Padding(NamedTuple):
-    """What is lost to padding."""
+    """How much of a set of batches is padding."""
 
     share: float  # of all pixels
-    divided: float  # part of the batches that takes several passes
+    split: float  # share of the batches that split_batch divides
 
 
-def padding_of(batches: Sequence[Sequence[Shape]], max_pixels: int | None = None, multiple: int = 1) -> Padding:
-    """Of batches of these images, divided as `passes` does. Nothing is lost to no batches."""
-    divisions = [passes(shapes, max_pixels, multiple) for shapes in batches]
-    parts = [
-        [shapes[p] for p in part] for shapes, division in zip(batches, divisions, strict=True) for part in division
-    ]
-    used = sum(height * width for shapes in batches for height, width in shapes)
+def padding_of(batches: Sequence[Sequence[Size]], max_pixels: int | None = None, multiple: int = 1) -> Padding:
+    """The padding of batches of images of these sizes, each divided by split_batch."""
+    splits = [split_batch(sizes, max_pixels, multiple) for sizes in batches]
+    parts = [[sizes[p] for p in part] for sizes, split in zip(batches, splits, strict=True) for part in split]
+    used = sum(height * width for sizes in batches for height, width in sizes)
     total = sum(pixels(part, multiple) for part in parts)
-    divided = sum(len(division) > 1 for division in divisions)
+    divided = sum(len(split) > 1 for split in splits)
     return Padding(1 - used / max(1, total), divided / max(1, len(batches)))

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from detr_fabric.data.padding import Shape, likeness
+from detr_fabric.data.batch import Size
+from detr_fabric.data.padding import bucket_key
 from detr_fabric.errors import UserError
 
-Sample = tuple[int, int]  # (epoch, index): what the data set needs to know, so that workers hold no changing state
+SampleKey = tuple[int, int]
+"""(epoch, index of the image): all that the data set needs to know, so that workers hold no changing state."""
 
-WINDOW = 1024  # images, next to each other in the shuffled order, among which like shapes are sought
-CELL = 8  # most images of like shape that a step takes together: a large step still mixes shapes
+WINDOW = 1024  # neighbours in the shuffled order among which images of similar shape are grouped
+GROUP = 8  # largest number of images of similar shape in a row, so that a large step still mixes shapes
+
+
+class Shard(NamedTuple):
+    """Which share of the images is this process's."""
+
+    rank: int
+    world: int
+
+
+WHOLE = Shard(rank=0, world=1)
 
 
 def steps_per_epoch(num_images: int, batch_size: int, accumulate: int, world: int) -> int:
     """Optimizer steps in an epoch; the last incomplete global batch is dropped, as in the original.
 
-    Raises UserError when the images do not fill a single global batch.
+    Raises UserError if the images do not fill a single global batch.
     """
     global_batch = world * accumulate * batch_size
     if num_images < global_batch:
@@ -41,64 +54,62 @@ def step_batches(
     epoch: int,
     batch_size: int,
     accumulate: int,
-    rank: int,
-    world: int,
+    shard: Shard,
     skip: int = 0,
-    shapes: Mapping[int, Shape] | None = None,
-) -> list[list[list[Sample]]]:
-    """This rank's samples of one epoch: [step][micro-batch][image], without the first `skip` steps.
+    sizes: Mapping[int, Size] | None = None,
+) -> list[list[list[SampleKey]]]:
+    """This rank's samples of one epoch, without the first `skip` steps: [step][micro-batch][image].
 
-    The permutation depends on (seed, epoch) only and is cut into global batches before ranks and micro-batches, so
-    every split of the same world * accumulate * batch_size sees the same images in each step. shapes: of every image,
-    if images of like shape are to share a micro-batch. Which rank gets which is drawn anew in each step then: the same
-    one would always get the smallest, which would bias what a rank measures alone, such as batch statistics.
+    The permutation depends only on (seed, epoch) and is cut into global batches before it is divided among ranks and
+    micro-batches. So every split of the same world * accumulate * batch_size sees the same images in each step.
+
+    sizes: given if images of similar shape should share a micro-batch. The micro-batches of a step are then shuffled
+    among the ranks. Otherwise the same rank would always get the smallest images, which would bias what it measures
+    alone, such as batch statistics.
     """
-    steps = steps_per_epoch(num_images, batch_size, accumulate, world)
-    global_batch = world * accumulate * batch_size
+    steps = steps_per_epoch(num_images, batch_size, accumulate, shard.world)
+    global_batch = shard.world * accumulate * batch_size
     order = epoch_order(num_images, seed, epoch)[: steps * global_batch]
-    if shapes is not None:
-        order = like_shapes_together(order, shapes, global_batch, random.Random(f"shapes-{seed}-{epoch}"))
+    if sizes is not None:
+        order = group_by_shape(order, sizes, global_batch, random.Random(f"shapes-{seed}-{epoch}"))
     batches = []
     for step in range(skip, steps):
         images = order[step * global_batch : (step + 1) * global_batch]
         micro = [images[start : start + batch_size] for start in range(0, global_batch, batch_size)]
-        if shapes is not None:
+        if sizes is not None:
             random.Random(f"ranks-{seed}-{epoch}-{step}").shuffle(micro)
-        mine = micro[rank * accumulate : (rank + 1) * accumulate]
+        mine = micro[shard.rank * accumulate : (shard.rank + 1) * accumulate]
         batches.append([[(epoch, index) for index in samples] for samples in mine])
     return batches
 
 
-def like_shapes_together(
-    order: list[int], shapes: Mapping[int, Shape], global_batch: int, rng: random.Random
-) -> list[int]:
-    """The same images, in global batches made of cells of like shape: a window of the order is sorted by shape and cut
-    into cells, and each global batch takes some at random. Nothing but the size of the global batch matters, so ranks
-    and micro-batches may divide it as they like."""
+def group_by_shape(order: list[int], sizes: Mapping[int, Size], global_batch: int, rng: random.Random) -> list[int]:
+    """The same images reordered: each window is sorted by shape and cut into groups, and every global batch takes some
+    groups at random. Depends on the size of the global batch only, not on how ranks and micro-batches divide it."""
     window = max(1, WINDOW // global_batch) * global_batch
-    cell = max(size for size in range(1, CELL + 1) if global_batch % size == 0)
-    per_step = global_batch // cell
+    group = max(size for size in range(1, GROUP + 1) if global_batch % size == 0)
+    per_step = global_batch // group
     grouped = []
     for start in range(0, len(order), window):
-        by_shape = sorted(order[start : start + window], key=lambda index: likeness(shapes[index]))
-        cells = list(range(0, len(by_shape), cell))
-        rng.shuffle(cells)
-        for first in range(0, len(cells), per_step):
-            for place in sorted(cells[first : first + per_step]):
-                grouped += by_shape[place : place + cell]
+        by_shape = sorted(order[start : start + window], key=lambda index: bucket_key(sizes[index]))
+        firsts = list(range(0, len(by_shape), group))
+        rng.shuffle(firsts)
+        for step in range(0, len(firsts), per_step):
+            for first in sorted(firsts[step : step + per_step]):
+                grouped += by_shape[first : first + group]
     return grouped
 
 
-def eval_batches(order: Sequence[int], batch_size: int, rank: int, world: int) -> list[list[int]]:
-    """The batches that a rank evaluates, equally many of the same sizes on every rank: the ranks take neighbouring
-    batches in turn.
+def eval_batches(order: Sequence[int], batch_size: int, shard: Shard) -> list[list[int]]:
+    """The batches that a rank evaluates; neighbouring batches go to the ranks in turn.
 
-    Where world does not divide the images the last one is repeated; duplicates are dropped by image id later.
+    Every rank gets the same number of batches, of the same sizes. If world does not divide the number of images, the
+    last image is repeated; evaluation drops the duplicates by image id.
     """
-    per_rank = -(-len(order) // world)
+    per_rank = -(-len(order) // shard.world)
     batches = []
     for start in range(0, per_rank, batch_size):
         size = min(batch_size, per_rank - start)
-        first = start * world + rank * size
+        first = start * shard.world + shard.rank * size
         batches.append([order[min(place, len(order) - 1)] for place in range(first, first + size)])
     return batches

@@ -1,4 +1,4 @@
-"""Which query answers for which object: the assignment of least cost (Carion et al. 2020, equation 1).
+"""Which query predicts which object: the matching of least cost (Carion et al. 2020, equation 1).
 
 Shapes: L decoder layers, B batch, Q queries, C classes, N most objects of an image in the batch, M matched pairs.
 """
@@ -10,16 +10,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from detr_fabric.batch import Target
 from detr_fabric.boxes import cxcywh_to_xyxy, generalized_iou
+from detr_fabric.data.batch import Target
+from detr_fabric.loss.focal import focal_cost
 from detr_fabric.model.detr import DETROutput
 
 
 class PaddedTargets(NamedTuple):
-    """The objects of a batch as two tensors; rows past an image's own count are zeros."""
+    """The objects of a batch as two tensors; rows past an image's own count are zero."""
 
     labels: Tensor  # (B, N) int64
     boxes: Tensor  # (B, N, 4) cxcywh
@@ -43,47 +44,50 @@ def pad_targets(targets: list[Target]) -> PaddedTargets:
     )
 
 
-@torch.no_grad()
-def matching_cost(
-    outputs: DETROutput, targets: PaddedTargets, cost_class: float, cost_bbox: float, cost_giou: float
-) -> Tensor:
-    """Cost (L, B, Q, N) of each query answering for each object of its own image, float32."""
-    prob = outputs.pred_logits.float().softmax(-1)  # (L, B, Q, C+1)
-    labels = targets.labels[None, :, None, :].expand(*prob.shape[:3], -1)
-    boxes, objects = outputs.pred_boxes.float(), targets.boxes  # (L, B, Q, 4), (B, N, 4)
-    distance = (_queries(boxes) - _objects(objects)).abs().sum(-1)
-    overlap = generalized_iou(_queries(cxcywh_to_xyxy(boxes)), _objects(cxcywh_to_xyxy(objects)))
-    return cost_bbox * distance - cost_class * prob.gather(-1, labels) - cost_giou * overlap
+class HungarianMatcher(nn.Module):
+    """Assigns queries to objects at the least total cost (Kuhn 1955, by scipy)."""
+
+    def __init__(
+        self, cost_class: float = 1.0, cost_bbox: float = 5.0, cost_giou: float = 2.0, focal: bool = False
+    ) -> None:
+        super().__init__()
+        self.cost_class, self.cost_bbox, self.cost_giou, self.focal = cost_class, cost_bbox, cost_giou, focal
+
+    @torch.no_grad()
+    def forward(self, outputs: DETROutput, targets: PaddedTargets) -> Matches:
+        """Matches min(Q, objects) queries of every layer and image, each with an object of its own.
+
+        All layers are solved from one copy of the costs to the host, where the host waits for the device. Costs that
+        are not finite count as very large, so that the loss shows what is wrong, with the names of the images.
+        """
+        cost = self.cost(outputs, targets)
+        table = np.nan_to_num(cost.cpu().numpy(), nan=1e6, posinf=1e6, neginf=1e6)
+        pairs = [np.empty((4, 0), np.int64)]
+        for layer, costs in enumerate(table):
+            for image, count in enumerate(targets.counts):
+                query, target = linear_sum_assignment(costs[image, :, :count])
+                pairs.append(np.stack([np.full_like(query, layer), np.full_like(query, image), query, target]))
+        return Matches(*torch.from_numpy(np.concatenate(pairs, 1)).to(cost.device, non_blocking=True))
+
+    def cost(self, outputs: DETROutput, targets: PaddedTargets) -> Tensor:
+        """Cost (L, B, Q, N) of matching each query with each object of its own image, float32."""
+        logits = outputs.pred_logits.float()  # (L, B, Q, C+1)
+        labels = targets.labels[None, :, None, :].expand(*logits.shape[:3], -1)
+        merit = -focal_cost(logits.gather(-1, labels)) if self.focal else logits.softmax(-1).gather(-1, labels)
+        boxes, objects = outputs.pred_boxes.float(), targets.boxes  # (L, B, Q, 4), (B, N, 4)
+        distance = (_by_query(boxes) - _by_object(objects)).abs().sum(-1)
+        giou = generalized_iou(_by_query(cxcywh_to_xyxy(boxes)), _by_object(cxcywh_to_xyxy(objects)))
+        return self.cost_bbox * distance - self.cost_class * merit - self.cost_giou * giou
 
 
-def _queries(boxes: Tensor) -> Tensor:
+def _by_query(boxes: Tensor) -> Tensor:
     return _planes(boxes)[..., None, :]  # (L, B, Q, 1, 4)
 
 
-def _objects(boxes: Tensor) -> Tensor:
+def _by_object(boxes: Tensor) -> Tensor:
     return _planes(boxes)[:, None]  # (B, 1, N, 4)
 
 
 def _planes(boxes: Tensor) -> Tensor:
     """The same (..., 4) boxes with each coordinate contiguous in memory: pairs are then scored 2.5 times as fast."""
     return boxes.movedim(-1, 0).contiguous().movedim(0, -1)
-
-
-@torch.no_grad()
-def match(
-    outputs: DETROutput, targets: PaddedTargets, cost_class: float, cost_bbox: float, cost_giou: float
-) -> Matches:
-    """Assigns min(Q, objects) queries of every layer and image to objects, one each, at the least total cost.
-
-    All layers are solved from one copy of the costs to the host, the step's only synchronisation. Costs that are not
-    finite count as very large: the loss then shows what is wrong, with the names of the images.
-    """
-    cost = matching_cost(outputs, targets, cost_class, cost_bbox, cost_giou)
-    device = cost.device
-    table = np.nan_to_num(cost.cpu().numpy(), nan=1e6, posinf=1e6, neginf=1e6)
-    pairs = [np.empty((4, 0), np.int64)]
-    for layer, costs in enumerate(table):
-        for image, count in enumerate(targets.counts):
-            query, target = linear_sum_assignment(costs[image, :, :count])
-            pairs.append(np.stack([np.full_like(query, layer), np.full_like(query, image), query, target]))
-    return Matches(*torch.from_numpy(np.concatenate(pairs, 1)).to(device, non_blocking=True))

@@ -14,7 +14,7 @@ from detr_fabric.errors import UserError
 
 
 class SinePosition(nn.Module):
-    """Sines and cosines of the position inside the unpadded image (Carion et al. 2020, A.4; Parmar et al. 2018)."""
+    """Sines and cosines of the position within the unpadded image (Carion et al. 2020, A.4; Parmar et al. 2018)."""
 
     def __init__(self, dim: int = 256, temperature: float = 10000.0) -> None:
         super().__init__()
@@ -23,15 +23,15 @@ class SinePosition(nn.Module):
     def forward(self, mask: Tensor) -> Tensor:
         """mask (B, h, w), True on padding → (B, D, h, w): D/2 channels of y, then D/2 of x."""
         inside = ~mask
-        y = inside.cumsum(1).float()  # of whole numbers: of floats it has no deterministic algorithm on a GPU
+        y = inside.cumsum(1).float()  # integers: cumsum of floats has no deterministic algorithm on a GPU
         x = inside.cumsum(2).float()
         y = y / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
         x = x / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
         half = self.dim // 2
-        channel = torch.arange(half, dtype=torch.float32, device=mask.device)
-        period = self.temperature ** (2 * channel.div(2, rounding_mode="floor") / half)
-        axes = [position[..., None] / period for position in (y, x)]  # each (B, h, w, D/2)
-        waves = [torch.stack((a[..., 0::2].sin(), a[..., 1::2].cos()), -1).flatten(3) for a in axes]
+        channel = torch.arange(0, half, 2, dtype=torch.float32, device=mask.device)  # a sine, and the cosine after it
+        period = self.temperature ** (channel / half)
+        angles = [position[..., None] / period for position in (y, x)]  # each (B, h, w, D/4)
+        waves = [torch.stack((angle.sin(), angle.cos()), -1).flatten(3) for angle in angles]
         return torch.cat(waves, -1).permute(0, 3, 1, 2)
 
 

@@ -11,77 +11,74 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from detr_fabric.config import AttnConfig, CrossMapping, ModelConfig
 from detr_fabric.model.attention import Attention
+from detr_fabric.model.padding import Padding
 
-AttentionFactory = Callable[[], Attention]
 
+class Layer(nn.Module):
+    """What encoder and decoder layers share: how residual blocks are normalised, and the feed-forward block."""
 
-class FeedForward(nn.Module):
-    """What both kinds of layer share: the residual rule and the feed-forward block."""
-
-    def __init__(self, dim: int, dim_feedforward: int, dropout: float, pre_norm: bool) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(dim, dim_feedforward)
-        self.linear2 = nn.Linear(dim_feedforward, dim)
-        self.dropout = nn.Dropout(dropout)
-        self.pre_norm = pre_norm
+        self.linear1 = nn.Linear(model.hidden_dim, model.dim_feedforward)
+        self.linear2 = nn.Linear(model.dim_feedforward, model.hidden_dim)
+        self.dropout = nn.Dropout(model.dropout)
+        self.pre_norm = model.pre_norm
 
     def residual(self, x: Tensor, norm: nn.LayerNorm, block: Callable[[Tensor], Tensor]) -> Tensor:
-        """Post-norm (the paper) normalises the sum; pre-norm normalises what the block reads."""
-        if self.pre_norm:
-            return x + self.dropout(block(norm(x)))
-        return norm(x + self.dropout(block(x)))
+        """x plus the block's output. Post-norm (the paper) normalises the sum, pre-norm the block's input."""
+        out: Tensor = x + self.dropout(block(norm(x))) if self.pre_norm else norm(x + self.dropout(block(x)))
+        return out
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(self.linear1(x).relu()))
+        out: Tensor = self.linear2(self.dropout(self.linear1(x).relu()))
+        return out
 
 
-class EncoderLayer(FeedForward):
-    def __init__(
-        self, dim: int, dim_feedforward: int, dropout: float, pre_norm: bool, self_attn: AttentionFactory
-    ) -> None:
-        super().__init__(dim, dim_feedforward, dropout, pre_norm)
-        self.self_attn = self_attn()
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
+class EncoderLayer(Layer):
+    """Self-attention of the image tokens, then the feed-forward block."""
 
-    def forward(self, src: Tensor, mask: Tensor, pos: Tensor) -> Tensor:
-        """src, pos (B, S, D), mask (B, S) True on padding → (B, S, D)."""
+    def __init__(self, model: ModelConfig, attn: AttnConfig) -> None:
+        super().__init__(model)
+        self.self_attn = attention(model, attn, attn.encoder_self)
+        self.norm1 = nn.LayerNorm(model.hidden_dim)
+        self.norm2 = nn.LayerNorm(model.hidden_dim)
+
+    def forward(self, src: Tensor, padding: Padding, pos: Tensor) -> Tensor:
+        """src, pos (B, S, D), padding of the S tokens → (B, S, D)."""
 
         def self_attention(x: Tensor) -> Tensor:
             query = x + pos
-            return self.self_attn(query, query, x, mask)
+            out: Tensor = self.self_attn(query, query, x, padding)
+            return out
 
         src = self.residual(src, self.norm1, self_attention)
         return self.residual(src, self.norm2, self.feed_forward)
 
 
-class DecoderLayer(FeedForward):
-    def __init__(
-        self,
-        dim: int,
-        dim_feedforward: int,
-        dropout: float,
-        pre_norm: bool,
-        self_attn: AttentionFactory,
-        cross_attn: AttentionFactory,
-    ) -> None:
-        super().__init__(dim, dim_feedforward, dropout, pre_norm)
-        self.self_attn = self_attn()
-        self.multihead_attn = cross_attn()
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.norm3 = nn.LayerNorm(dim)
+class DecoderLayer(Layer):
+    """Self-attention of the object queries, cross-attention to the image tokens, then the feed-forward block."""
 
-    def forward(self, tgt: Tensor, memory: Tensor, memory_key: Tensor, mask: Tensor, query_pos: Tensor) -> Tensor:
-        """tgt, query_pos (B, Q, D), memory (B, S, D), memory_key = memory + pos, mask (B, S) → (B, Q, D)."""
+    def __init__(self, model: ModelConfig, attn: AttnConfig) -> None:
+        super().__init__(model)
+        self.self_attn = attention(model, attn, attn.decoder_self)
+        self.multihead_attn = attention(model, attn, attn.decoder_cross)
+        self.norm1 = nn.LayerNorm(model.hidden_dim)
+        self.norm2 = nn.LayerNorm(model.hidden_dim)
+        self.norm3 = nn.LayerNorm(model.hidden_dim)
+
+    def forward(self, tgt: Tensor, memory: Tensor, memory_key: Tensor, padding: Padding, query_pos: Tensor) -> Tensor:
+        """tgt, query_pos (B, Q, D), memory (B, S, D), memory_key = memory + pos, padding of S → (B, Q, D)."""
 
         def self_attention(x: Tensor) -> Tensor:
             query = x + query_pos
-            return self.self_attn(query, query, x)
+            out: Tensor = self.self_attn(query, query, x)
+            return out
 
         def cross_attention(x: Tensor) -> Tensor:
-            return self.multihead_attn(x + query_pos, memory_key, memory, mask)
+            out: Tensor = self.multihead_attn(x + query_pos, memory_key, memory, padding)
+            return out
 
         tgt = self.residual(tgt, self.norm1, self_attention)
         tgt = self.residual(tgt, self.norm2, cross_attention)
@@ -89,69 +86,62 @@ class DecoderLayer(FeedForward):
 
 
 class Encoder(nn.Module):
-    def __init__(self, layers: list[EncoderLayer], norm: nn.LayerNorm | None) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.norm = norm
+    """Encoder layers; pre-norm needs one more norm at the end."""
 
-    def forward(self, src: Tensor, mask: Tensor, pos: Tensor, recompute: bool) -> Tensor:
+    def __init__(self, model: ModelConfig, attn: AttnConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(model, attn) for _ in range(model.enc_layers))
+        self.norm = nn.LayerNorm(model.hidden_dim) if model.pre_norm else None
+
+    def forward(self, src: Tensor, padding: Padding, pos: Tensor, recompute: bool) -> Tensor:
         for layer in self.layers:
-            src = checkpoint(layer, src, mask, pos, use_reentrant=False) if recompute else layer(src, mask, pos)
+            src = checkpoint(layer, src, padding, pos, use_reentrant=False) if recompute else layer(src, padding, pos)
         return src if self.norm is None else self.norm(src)
 
 
 class Decoder(nn.Module):
-    def __init__(self, layers: list[DecoderLayer], norm: nn.LayerNorm) -> None:
+    """Decoder layers and the norm that all of their outputs pass."""
+
+    def __init__(self, model: ModelConfig, attn: AttnConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.norm = norm
+        self.layers = nn.ModuleList(DecoderLayer(model, attn) for _ in range(model.dec_layers))
+        self.norm = nn.LayerNorm(model.hidden_dim)
 
     def forward(
-        self, tgt: Tensor, memory: Tensor, mask: Tensor, pos: Tensor, query_pos: Tensor, recompute: bool
+        self, tgt: Tensor, memory: Tensor, padding: Padding, pos: Tensor, query_pos: Tensor, recompute: bool
     ) -> Tensor:
         """Returns the normed output of every layer, (L, B, Q, D)."""
         memory_key = memory + pos
         hs = []
         for layer in self.layers:
-            args = (tgt, memory, memory_key, mask, query_pos)
+            args = (tgt, memory, memory_key, padding, query_pos)
             tgt = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
             hs.append(tgt)
-        return self.norm(torch.stack(hs))
+        normed: Tensor = self.norm(torch.stack(hs))
+        return normed
 
 
 class Transformer(nn.Module):
-    """Image tokens and object queries → decoded queries of every layer. Each factory makes one attention block."""
+    """Image tokens and object queries → decoded queries of every layer."""
 
-    def __init__(
-        self,
-        encoder_self: AttentionFactory,
-        decoder_self: AttentionFactory,
-        decoder_cross: AttentionFactory,
-        dim: int = 256,
-        enc_layers: int = 6,
-        dec_layers: int = 6,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        pre_norm: bool = False,
-        gradient_checkpointing: bool = False,
-    ) -> None:
+    def __init__(self, encoder: Encoder, decoder: nn.Module, gradient_checkpointing: bool) -> None:
         super().__init__()
-        shared = (dim, dim_feedforward, dropout, pre_norm)
-        self.encoder = Encoder(
-            [EncoderLayer(*shared, encoder_self) for _ in range(enc_layers)], nn.LayerNorm(dim) if pre_norm else None
-        )
-        self.decoder = Decoder(
-            [DecoderLayer(*shared, decoder_self, decoder_cross) for _ in range(dec_layers)], nn.LayerNorm(dim)
-        )
+        self.encoder, self.decoder = encoder, decoder
         self.gradient_checkpointing = gradient_checkpointing
         for p in self.parameters():
             if p.dim() > 1:
                 nn.init.xavier_uniform_(p)
 
     def forward(self, src: Tensor, mask: Tensor, query_embed: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """src, pos (B, S, D), mask (B, S) True on padding, query_embed (Q, D) → hs (L, B, Q, D), memory (B, S, D)."""
+        """src, pos (B, S, D), mask (B, h, w) True on padding, query_embed (Q, D) → hs (L, B, Q, D) and memory."""
         recompute = self.gradient_checkpointing and self.training
-        memory = self.encoder(src, mask, pos, recompute)
+        padding = Padding.of(mask, src.dtype)
+        memory = self.encoder(src, padding, pos, recompute)
         query_pos = query_embed.expand(src.shape[0], -1, -1)
         tgt = torch.zeros_like(query_pos)
-        return self.decoder(tgt, memory, mask, pos, query_pos, recompute), memory
+        return self.decoder(tgt, memory, padding, pos, query_pos, recompute), memory
+
+
+def attention(model: ModelConfig, attn: AttnConfig, mapping: CrossMapping | None) -> Attention:
+    """An attention block; its mapping is attn.kind where it does not have its own."""
+    return Attention(model.hidden_dim, model.heads, attn, mapping, model.dropout)
