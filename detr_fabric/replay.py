@@ -26,7 +26,7 @@ class Settings:
     """What is run again, and how."""
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
-    """nonfinite.pt of a run's folder."""
+    """nonfinite.pt of a run's folder, or the folder."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Device type."""
     precision: Precision | None = None
@@ -47,10 +47,12 @@ def replay(settings: Settings) -> None:
     from detr_fabric.runtime.checkpoint import read_torch_file
     from detr_fabric.runtime.contents import stored_settings
     from detr_fabric.runtime.launch import single_device
-    from detr_fabric.runtime.nonfinite import Findings, examine, micro_batches_of
+    from detr_fabric.runtime.nonfinite import REPLAY_FILE, Findings, examine, micro_batches_of
     from detr_fabric.runtime.rebuild import rebuild_model
 
     path = Path(settings.file)
+    if path.is_dir():
+        path /= REPLAY_FILE
     content = read_torch_file(path)
     if not isinstance(content, dict) or "micro_batches" not in content:
         raise UserError(f"{path}: not a step that was saved for replay; give the nonfinite.pt of a run's folder")

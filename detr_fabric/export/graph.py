@@ -9,7 +9,8 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -83,6 +84,20 @@ def sides(model: ModelConfig) -> Sides:
     return Sides(stride, stride + 1, 50 * stride if model.position == "learned" else LARGEST_SIDE)
 
 
+@contextmanager
+def quick_tracing() -> Iterator[None]:
+    """Without warnings, and without a stack trace for each node, which torch takes a tenth of its time to collect."""
+    setting = "do_not_emit_stack_traces"  # which earlier versions do not have
+    before = getattr(torch.fx.config, setting, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        setattr(torch.fx.config, setting, True)
+        try:
+            yield
+        finally:
+            setattr(torch.fx.config, setting, before)
+
+
 @torch.no_grad()
 def to_program(model: DETR, limits: Sides) -> ExportedProgram:
     """The graph of a model in evaluation mode, for any batch and image inside the limits. The model stays as it is."""
@@ -93,8 +108,7 @@ def to_program(model: DETR, limits: Sides) -> ExportedProgram:
     tall, wide = (Dim(name, min=limits.smallest, max=limits.largest) for name in ("height", "width"))
     shapes = ({0: batch, 2: tall, 3: wide}, {0: batch, 1: tall, 2: wide})
     portable = Portable(copy.deepcopy(model)).requires_grad_(False).eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quick_tracing():
         program = torch.export.export(portable, (images, mask), dynamic_shapes=shapes, strict=False)
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     for node in (node for graph in graphs for node in graph.nodes):
@@ -122,15 +136,37 @@ def open_torch(path: Path) -> Run:
 
 def save_onnx(program: ExportedProgram, path: Path) -> None:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of constants that it does not fold
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quick_tracing():
         exported = torch.onnx.export(
-            program, (), dynamo=True, verbose=False, input_names=INPUTS, output_names=OUTPUTS, opset_version=OPSET
+            program,
+            (),
+            dynamo=True,
+            optimize=False,
+            input_names=INPUTS,
+            output_names=OUTPUTS,
+            opset_version=OPSET,
+            verbose=False,
         )
     assert exported is not None
+    simplify(exported.model)
     proto = exported.model_proto
     tidy(proto)
     path.write_bytes(proto.SerializeToString())
+
+
+def simplify(model: Any) -> None:
+    """onnxscript's optimizer without its rules for patterns of nodes: they take nine tenths of its time, and a DETR
+    answers no faster with them."""
+    import onnx_ir.passes.common as passes
+    from onnxscript.optimizer import fold_constants_ir, remove_unused_nodes
+
+    passes.InlinePass()(model)
+    fold_constants_ir(model, onnx_shape_inference=True)
+    remove_unused_nodes(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.DeduplicateInitializersPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    remove_unused_nodes(model)
 
 
 def tidy(proto: Any) -> None:

@@ -14,12 +14,13 @@ from lightning_fabric.utilities import move_data_to_device
 from PIL import Image
 from torch import Tensor
 
-from detr_fabric.analysis.capture import capture, mapping_names
+from detr_fabric.analysis.capture import mapping_names
+from detr_fabric.analysis.maps import attention
 from detr_fabric.analysis.report import Subject, chosen_images, subject
 from detr_fabric.analysis.settings import AnalysisSettings
 from detr_fabric.boxes import cxcywh_to_xyxy
 from detr_fabric.config import DataConfig
-from detr_fabric.data.batch import normalize, pad_images
+from detr_fabric.data.batch import pad_images
 from detr_fabric.errors import UserError
 from detr_fabric.evaluate.settings import data_defaults
 from detr_fabric.model.detr import post_process
@@ -127,17 +128,15 @@ def photo(image: Tensor) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-@torch.no_grad()
 def seen(
     each: Subject, index: int, scanned: Scanned, queries: int, budget: float, device: torch.device
 ) -> dict[str, Any]:
     """What a run did with one image."""
     image, _ = each.dataset[(0, index)]
     batch = move_data_to_device(pad_images([image]), device)
-    with capture(each.model) as captured:
-        logits, boxes = each.model(*normalize(batch))
+    attended, (logits, boxes) = attention(each.model, batch, ("decoder_cross", "encoder_self"))
     unit = torch.ones(1, 2, device=device)
     scores, labels, corners = (x[0].cpu() for x in post_process(logits[-1], boxes[-1], unit, each.model.focal))
     names = [each.dataset.categories.name(label) for label in labels.tolist()]
-    made = image_of_run(image_attention(captured), scores, corners, names, queries, budget)
+    made = image_of_run(image_attention(attended), scores, corners, names, queries, budget)
     return made | {"went": how_it_went(scanned.outcomes.get(index))}

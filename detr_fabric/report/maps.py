@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from detr_fabric.analysis import measures
-from detr_fabric.analysis.capture import Captured
+from detr_fabric.analysis.maps import Attention
 from detr_fabric.boxes import xyxy_to_cxcywh
 
 PLACES = 144  # most places of an image whose reading is kept
@@ -38,18 +38,11 @@ class ImageAttention:
     grid: tuple[int, int]  # h, w
 
 
-def image_attention(seen: Captured) -> ImageAttention:
-    """That of the only image of a batch."""
-    assert seen.mask is not None and len(seen.mask) == 1, "one image at a time"
-    cropped = {
-        site: [
-            measures.crop_padding(weights.float(), seen.mask, queries_too=site == "encoder_self")[0].cpu()
-            for _, weights in sorted(seen.weights[site].items())
-        ]
-        for site in ("decoder_cross", "encoder_self")
-    }
-    grid = int((~seen.mask[0, :, 0]).sum()), int((~seen.mask[0, 0]).sum())
-    return ImageAttention(cropped["decoder_cross"], cropped["encoder_self"], grid)
+def image_attention(seen: Attention) -> ImageAttention:
+    """The same with the cells of an image in one row, as the page counts them."""
+    cross, encoder = seen.decoder_cross, seen.encoder_self
+    h, w = cross.shape[-2:]
+    return ImageAttention([*cross.flatten(-2)], [layer.reshape(-1, h * w, h * w) for layer in encoder], (h, w))
 
 
 def places(grid: tuple[int, int]) -> list[int]:

@@ -157,7 +157,7 @@ def test_all_ranks_stop_at_the_same_step_with_one_sentence_and_a_step_that_can_b
     assert len(images) == 8 // ranks and f"images {', '.join(map(str, images))};" in said
     assert saved["rank"] == ranks - 1
 
-    monkeypatch.setattr("sys.argv", ["replay", str(file)])
+    monkeypatch.setattr("sys.argv", ["replay", str(file if fault == "loss" else file.parent)])
     replay.main()
     printed = capsys.readouterr().out
     assert f"step 3, rank {ranks - 1}, images {', '.join(map(str, images))}" in printed
@@ -167,6 +167,20 @@ def test_all_ranks_stop_at_the_same_step_with_one_sentence_and_a_step_that_can_b
         if line.startswith("loss"):
             then, now = map(float, line.split()[1:])
             assert then == pytest.approx(now, rel=1e-4, nan_ok=True)
+
+
+def test_so_can_a_step_of_conditional_attention_with_focal_loss(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ("--model.cross-attention", "conditional", "--loss.kind", "focal")
+    going = job(folder, "conditional", *model, target=partial(break_steps, "loss", 0, 2))
+    assert going.wait() == [2], going.text()
+    monkeypatch.setattr("sys.argv", ["replay", str(folder / "conditional")])
+    replay.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("loss")]
+    then, now = torch.tensor([[float(value) for value in line[1:]] for line in lines]).T
+    assert len(lines) >= 3
+    torch.testing.assert_close(now, then, rtol=1e-4, atol=0, equal_nan=True)
 
 
 def test_a_loss_that_is_infinite_on_one_rank_stops_both_though_every_gradient_is_finite(folder: Path) -> None:
@@ -181,8 +195,7 @@ def test_a_dropped_step_leaves_weights_moments_and_statistics_as_if_it_had_not_b
     folder: Path, fault: Fault, ranks: int, log_every: int
 ) -> None:
     """The same run, whose third step is never computed, has the same weights, batch statistics, moments and learning
-    rates at the end, and the same losses at every other step. With two ranks it is stopped and resumed on the way.
-    Where the third step is not logged, it is found out when the fourth is taken, which is taken again."""
+    rates at the end, and the same losses at every other step. With two ranks it is stopped and resumed on the way."""
     run = f"skip_{fault}{log_every}"
     skip = ("--train.on-nonfinite", "skip", "--train.log-every", str(log_every))
     halves = [("--train.max-steps", "5"), ("--train.max-steps", "7")][2 - ranks :]
