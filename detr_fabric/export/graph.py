@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import config as tracing
 
 from detr_fabric.boxes import cxcywh_to_xyxy
 from detr_fabric.config import ModelConfig
@@ -88,14 +89,14 @@ def sides(model: ModelConfig) -> Sides:
 def quick_tracing() -> Iterator[None]:
     """Without warnings, and without a stack trace for each node, which torch takes a tenth of its time to collect."""
     setting = "do_not_emit_stack_traces"  # which earlier versions do not have
-    before = getattr(torch.fx.config, setting, False)
+    before = getattr(tracing, setting, False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        setattr(torch.fx.config, setting, True)
+        setattr(tracing, setting, True)
         try:
             yield
         finally:
-            setattr(torch.fx.config, setting, before)
+            setattr(tracing, setting, before)
 
 
 @torch.no_grad()
