@@ -27,10 +27,10 @@ from detr_fabric.model.mappings import MAPPINGS
 from detr_fabric.predict.detector import Detector
 from detr_fabric.runtime.hugging_face import CONFIG, OURS, PROCESSOR, WEIGHTS
 from detr_fabric.runtime.hugging_face_names import (
-    CLASSES,
-    MODEL_TYPES,
-    SPARSE,
+    FAMILIES,
+    LOSS,
     architecture_fields,
+    model_type,
     newest,
     to_hugging_face,
 )
@@ -39,15 +39,21 @@ FILES = (CONFIG, WEIGHTS, PROCESSOR, FILE)
 
 
 def refuse(detector: Detector) -> None:
-    """Raises UserError for what transformers' DETR can't be."""
-    config, rows = detector.config, len(unwrap(detector.model).class_embed.bias)
+    """Raises UserError for what transformers' DETR and Conditional DETR can't be."""
+    config = detector.config
+    conditional = config.model.cross_attention == "conditional"
     sparse = [mapping for mapping in dict.fromkeys(config.attn.mappings) if mapping != "softmax"]
     reasons = {
-        "its Conditional DETR scores each class with a sigmoid and has no row for no-object": (
-            config.model.cross_attention == "conditional"
+        "its Conditional DETR scores each class with a sigmoid and has no row for no-object, as --loss.kind focal": (
+            conditional and not config.loss.focal
         ),
-        "its DETR has a row for no-object in the class head, this one has none": rows
-        != detector.categories.num_classes + 1,
+        "its Conditional DETR has no --model.pre-norm": conditional and config.model.pre_norm,
+        "its Conditional DETR has weights for a second decoder layer, --model.dec-layers 1 has none": (
+            conditional and config.model.dec_layers == 1
+        ),
+        "its DETR has a row for no-object in the class head, this one has none": (
+            config.loss.focal and not conditional
+        ),
         "--attn.decoder-cross tvmax needs the grid of the features, which its attention is not told": "tvmax" in sparse,
         "the alphas that entmax-learned learns have no place among its weights": any(
             MAPPINGS[mapping].learned for mapping in sparse
@@ -76,7 +82,7 @@ def write_folder(detector: Detector, folder: Path) -> None:
     copies = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     (folder / WEIGHTS).write_bytes(save(copies, metadata={"format": "pt"}))  # save_file would let nobody else read it
     if is_sparse(config):
-        (folder / FILE).write_text(source(config.attn), encoding="utf-8")
+        (folder / FILE).write_text(source(config), encoding="utf-8")
 
 
 def move(temporary: Path, folder: Path) -> None:
@@ -102,33 +108,27 @@ def model_fields(detector: Detector) -> dict[str, Any]:
     """config.json."""
     config, categories = detector.config, detector.categories
     names = [categories.name(label) for label in range(categories.num_classes)]
-    loss = config.loss
-    weights = {
-        "class_cost": loss.cost_class,
-        "bbox_cost": loss.cost_bbox,
-        "giou_cost": loss.cost_giou,
-        "bbox_loss_coefficient": loss.bbox_coef,
-        "giou_loss_coefficient": loss.giou_coef,
-    }
+    kind = model_type(config.model, is_sparse(config))
+    model_class = f"{FAMILIES[kind]}ForObjectDetection"
+    weights = {theirs: getattr(config.loss, ours) for theirs, ours in LOSS.items()}
     training = ("softmax_first", "recompute", "fused")
     attn = {key: value for key, value in asdict(config.attn).items() if key not in training}
     module = FILE.removesuffix(".py")
     own = {
-        "model_type": SPARSE,
         "attn_implementation": NAME,
         "auto_map": {
             "AutoConfig": f"{module}.SparseDetrConfig",
-            "AutoModelForObjectDetection": f"{module}.{CLASSES[False]}",
+            "AutoModelForObjectDetection": f"{module}.{model_class}",
         },
     }
     return {
-        "architectures": [CLASSES[config.model.pre_norm]],
-        "model_type": MODEL_TYPES[config.model.pre_norm],
+        "architectures": [model_class],
+        "model_type": kind,
         **(own if is_sparse(config) else {}),
         **architecture_fields(config.model),
         "auxiliary_loss": False,  # with it transformers norms between decoder layers, also in evaluation
         **{key: int(value) for key, value in weights.items() if value == int(value)},  # they are whole numbers there
-        "eos_coefficient": float(loss.eos_coef),
+        "eos_coefficient": float(config.loss.eos_coef),
         "id2label": dict(enumerate(names)),
         "label2id": {name: label for label, name in reversed([*enumerate(names)])},
         OURS: {"attn": attn, "categories": categories.to_dict()},
@@ -137,8 +137,9 @@ def model_fields(detector: Detector) -> dict[str, Any]:
 
 def processor_fields(detector: Detector) -> dict[str, Any]:
     """preprocessor_config.json."""
+    conditional = detector.config.model.cross_attention == "conditional"
     return {
-        "image_processor_type": "DetrImageProcessor",
+        "image_processor_type": "ConditionalDetrImageProcessor" if conditional else "DetrImageProcessor",
         "format": "coco_detection",
         "do_resize": True,
         "size": {"shortest_edge": detector.scale, "longest_edge": detector.max_size},
@@ -171,6 +172,7 @@ def open_folder(folder: Path) -> Run:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
     assert not report["missing_keys"] and not report["unexpected_keys"], report
+    best = {"top_k": 1} if "conditional" in model.config.model_type else {}
 
     def run(images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sizes = [(int((~padding[:, 0]).sum()), int((~padding[0]).sum())) for padding in mask]
@@ -178,8 +180,14 @@ def open_folder(folder: Path) -> Run:
         size = {"height": images.shape[-2], "width": images.shape[-1]}
         inputs = processor(images=alone, do_resize=False, pad_size=size, return_tensors="pt")
         with torch.no_grad():
-            found = processor.post_process_object_detection(model(**inputs), threshold=-1.0)
-        scores, labels, boxes = (torch.stack([image[key] for image in found]) for key in ("scores", "labels", "boxes"))
+            outputs = model(**inputs)
+        # each query as an image of its own, because Conditional DETR keeps the best of an image's queries and classes
+        queries = {key: outputs[key].flatten(0, 1)[:, None] for key in ("logits", "pred_boxes")}
+        found = processor.post_process_object_detection(type(outputs)(**queries), threshold=-1.0, **best)
+        scores, labels, boxes = (
+            torch.cat([query[key] for query in found]).unflatten(0, (len(images), -1))
+            for key in ("scores", "labels", "boxes")
+        )
         return scores, labels, boxes
 
     return run

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr_fabric.config import AttnConfig, Config
+from detr_fabric.config import Config
 from detr_fabric.model.mappings import MAPPINGS, Given
 from detr_fabric.runtime.hugging_face import OURS
-from detr_fabric.runtime.hugging_face_names import SPARSE
+from detr_fabric.runtime.hugging_face_names import FAMILIES, model_type
 
 NAME = "detr_fabric"  # as attn_implementation
 FILE = "sparse_attention.py"
@@ -24,17 +24,17 @@ SOURCE = '''"""DETR whose attention maps scores to weights with {mappings}, for 
 Load the model with trust_remote_code=True, or import this file before. It needs the package detr_fabric.
 """
 
-from transformers import AutoConfig, AutoModelForObjectDetection, DetrConfig
-from transformers import DetrForObjectDetection as Softmax
+from transformers import AutoConfig, AutoModelForObjectDetection, {family}Config
+from transformers import {family}ForObjectDetection as Softmax
 
 from detr_fabric.export.transformers_attention import NAME, register
 
 
-class SparseDetrConfig(DetrConfig):
+class SparseDetrConfig({family}Config):
     model_type = "{model_type}"
 
 
-class DetrForObjectDetection(Softmax):  # a name that pipelines know
+class {family}ForObjectDetection(Softmax):  # a name that pipelines know
     config_class = SparseDetrConfig
 
     def __init__(self, config):
@@ -44,14 +44,15 @@ class DetrForObjectDetection(Softmax):  # a name that pipelines know
 
 register()
 AutoConfig.register("{model_type}", SparseDetrConfig, exist_ok=True)
-AutoModelForObjectDetection.register(SparseDetrConfig, DetrForObjectDetection, exist_ok=True)
+AutoModelForObjectDetection.register(SparseDetrConfig, {family}ForObjectDetection, exist_ok=True)
 '''
 
 
-def source(attn: AttnConfig) -> str:
+def source(config: Config) -> str:
     """What an exported folder's sparse_attention.py holds."""
-    mappings = " and ".join(dict.fromkeys(attn.mappings))
-    return SOURCE.replace("{mappings}", mappings).replace("{model_type}", SPARSE)
+    kind = model_type(config.model, sparse=True)
+    mappings = " and ".join(dict.fromkeys(config.attn.mappings))
+    return SOURCE.format(mappings=mappings, model_type=kind, family=FAMILIES[kind])
 
 
 def register() -> None:
@@ -87,7 +88,7 @@ def attention(
     config: Any = module.config
     attn = Config.from_dict({"attn": getattr(config, OURS)["attn"]}).attn
     encoder, decoder, cross = attn.mappings
-    own = cross if type(module).__name__ == "DetrCrossAttention" else decoder if attention_mask is None else encoder
+    own = cross if type(module).__name__.endswith("CrossAttention") else decoder if attention_mask is None else encoder
     scores = (query.float() * scaling) @ key.float().transpose(-1, -2)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, -math.inf)

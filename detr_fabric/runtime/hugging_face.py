@@ -1,7 +1,8 @@
 """Reads a folder of Hugging Face's transformers that holds a DETR as if it were a checkpoint of ours.
 
-config.json, model.safetensors and, where it is there, preprocessor_config.json: as published (facebook/detr-resnet-50),
-as transformers saves them, or as `detr_fabric.export --format transformers` writes them. No code in a folder is run.
+config.json, model.safetensors and, where it is there, preprocessor_config.json: as published (facebook/detr-resnet-50,
+microsoft/conditional-detr-resnet-50), as transformers saves them, or as `detr_fabric.export --format transformers`
+writes them. No code in a folder is run.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from detr_fabric.config import Config, DataConfig, ModelConfig, TrainConfig
+from detr_fabric.config import Config, DataConfig, LossConfig, ModelConfig, TrainConfig
 from detr_fabric.data.batch import IMAGENET_MEAN, IMAGENET_STD
 from detr_fabric.data.formats.categories import COCO91_CLASSES, Categories, normalized
 from detr_fabric.data.formats.coco_classes import COCO_CLASSES
 from detr_fabric.errors import UserError
 from detr_fabric.model.build import build_model
 from detr_fabric.presets import check_types
-from detr_fabric.runtime.hugging_face_names import BASIC, DEPTHS, MODEL_TYPES, SPARSE, from_hugging_face
+from detr_fabric.runtime.hugging_face_names import BASIC, DEPTHS, FAMILIES, LOSS, from_hugging_face
 
 CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 OURS = "detr_fabric"  # the field of config.json with what transformers' own fields can't say
@@ -53,7 +54,8 @@ def read_folder(folder: Path) -> dict[str, Any]:
         if config.model.enc_layers + config.model.dec_layers > len(weights):
             raise ValueError("fewer weights than layers")
         with torch.device("meta"):
-            own = build_model(config.model, config.attn, categories.num_classes, pretrained=False).state_dict()
+            width, focal = categories.num_classes, config.loss.focal
+            own = build_model(config.model, config.attn, width, pretrained=False, focal=focal).state_dict()
         state = from_hugging_face(weights, own)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -82,8 +84,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def check_model(fields: Fields, folder: Path) -> None:
     """Raises UserError for a model that this package does not have, with what it lacks."""
-    if (kind := fields.get("model_type")) not in (*MODEL_TYPES.values(), SPARSE):
-        raise UserError(f"{folder}: its model is {kind!r:.80}, not one of {', '.join(MODEL_TYPES.values())}, {SPARSE}")
+    if (kind := fields.get("model_type")) not in list(FAMILIES):
+        raise UserError(f"{folder}: its model is {kind!r:.80}, not one of {', '.join(FAMILIES)}")
     if "Segmentation" in str(fields.get("architectures")):
         raise UserError(f"{folder}: its model is for segmentation; give one for object detection")
     expected: Fields = {
@@ -149,7 +151,10 @@ def classes(fields: Fields) -> Categories:
 def settings(fields: Fields, sizes: tuple[int, int], categories: Categories, name: str) -> Config:
     """The resolved config of a folder's model."""
     backbone, last_stage, dilation = convolutions(fields)
+    family = FAMILIES[fields["model_type"]]
+    conditional = family == "ConditionalDetr"
     stored = fields.get(OURS, {}).get("attn", {})
+    loss: dict[str, Any] = {ours: float(fields[theirs]) for theirs, ours in LOSS.items() if theirs in fields}
     config = Config(
         data=DataConfig(root="coco", label_space=categories.label_space, scales=(sizes[0],), max_size=max(sizes)),
         model=ModelConfig(
@@ -165,9 +170,11 @@ def settings(fields: Fields, sizes: tuple[int, int], categories: Categories, nam
             dim_feedforward=fields.get("encoder_ffn_dim", 2048),
             dropout=fields.get("dropout", 0.1),
             num_queries=fields.get("num_queries", 100),
-            pre_norm=fields["model_type"] == MODEL_TYPES[True],
+            cross_attention="conditional" if conditional else "original",
+            pre_norm=family == "TableTransformer",
         ),
         attn=Config.from_dict({"attn": stored}).attn,
+        loss=LossConfig(kind="focal" if conditional else "softmax", **loss),
         train=TrainConfig(name=re.sub(r"[/\\]", "_", name) or None),
     )
     return check_types(config, CONFIG).resolve()

@@ -1,12 +1,13 @@
 """Hugging Face's names for a DETR: of its weights, as the published repositories have them, and of its settings.
 
-transformers has two models of this architecture: "detr" (post-norm) and "table-transformer" (pre-norm).
+transformers has three models of this architecture: "detr" (post-norm), "table-transformer" (pre-norm) and
+"conditional_detr" (post-norm, --model.cross-attention conditional, --loss.kind focal).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,9 +18,23 @@ from detr_fabric.model.conditional import REFERENCE
 
 DEPTHS = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}
 BASIC = ("resnet18", "resnet34")
-MODEL_TYPES = {False: "detr", True: "table-transformer"}  # by pre_norm
-SPARSE = "sparse-detr"  # our own, which only the code beside it can load: without it, softmax would take its place
-CLASSES = {False: "DetrForObjectDetection", True: "TableTransformerForObjectDetection"}
+FAMILIES = {  # model_type: what the names of its classes begin with
+    "detr": "Detr",
+    "table-transformer": "TableTransformer",
+    "conditional_detr": "ConditionalDetr",
+    # our own, which only the code beside them can load: without it, softmax would take the place of their mappings
+    "sparse-detr": "Detr",
+    "sparse-conditional-detr": "ConditionalDetr",
+}
+LOSS = {  # their weights of matching and loss: ours
+    "class_cost": "cost_class",
+    "bbox_cost": "cost_bbox",
+    "giou_cost": "cost_giou",
+    "cls_loss_coefficient": "ce_coef",
+    "bbox_loss_coefficient": "bbox_coef",
+    "giou_loss_coefficient": "giou_coef",
+    "eos_coefficient": "eos_coef",
+}
 
 BODY = "model.backbone.conv_encoder.model"
 TIMM = ((r"^backbone\.0\.body", BODY),)  # timm's ResNet has torchvision's names
@@ -41,9 +56,6 @@ OTHERS = (
     (r"^input_proj", "model.input_projection"),
     (r"^transformer", "model"),
     (r"multihead_attn", "encoder_attn"),
-    (r"\.sa_([qk])pos_proj", r".self_attn.\1_pos_proj"),  # of Conditional DETR, as the other two
-    (r"\.ca_([qk])pos_proj", r".encoder_attn.\1_pos_proj"),
-    (r"\.ca_qpos_sine_proj", ".encoder_attn.q_pos_sine_proj"),
     (r"\.linear(\d)", r".fc\1"),
     (r"(coder\.layers\.\d+\.)norm1", r"\1self_attn_layer_norm"),
     (r"(encoder\.layers\.\d+\.)norm2", r"\1final_layer_norm"),
@@ -56,19 +68,22 @@ OLDER_AND_NEWER = (  # other spellings of the same names, of versions of transfo
     (r"^model\.backbone\.position_embedding\.", "model.position_embedding."),
     (r"\.o_proj\.", ".out_proj."),
     (r"\.mlp\.fc", ".fc"),
+    (r"\.sa_([qkv])_?", r".self_attn.\1_"),  # of Conditional DETR, as the next
+    (r"\.ca_([qkv])_?", r".encoder_attn.\1_"),
 )
 
 
 def their_names(name: str, timm: bool, conditional: bool = False) -> list[str]:
     """The names of the tensors that hold one of ours: three where we keep the projections of q, k and v in one."""
-    apart = "_content" if conditional and "decoder" in name else ""
     for pattern, replacement in (*(TIMM if timm else RESNET), *OTHERS):
         name = re.sub(pattern, replacement, name)
-    return (
-        [name.replace("in_proj_", f"{part}_proj.") for part in (f"q{apart}", f"k{apart}", "v")]
-        if "in_proj_" in name
-        else [name]
-    )
+    if "in_proj_" not in name:
+        return [name]
+    parts = ("q", "k", "v")
+    if conditional and "decoder" in name:  # beside the attention block, not in it
+        name = name.replace("self_attn.in_", "sa_in_").replace("encoder_attn.in_", "ca_in_")
+        parts = ("qcontent", "kcontent", "v")
+    return [name.replace("in_proj_", f"{part}_proj.") for part in parts]
 
 
 def to_hugging_face(state: dict[str, Tensor], timm: bool = False) -> dict[str, Tensor]:
@@ -84,11 +99,15 @@ def to_hugging_face(state: dict[str, Tensor], timm: bool = False) -> dict[str, T
     return renamed
 
 
-def from_hugging_face(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+def from_hugging_face(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
     """The tensors called `own` out of Hugging Face's. Raises ValueError naming those that are missing or unknown."""
     theirs = {canonical(name): value for name, value in state.items() if not name.endswith("num_batches_tracked")}
     timm = f"{BODY}.conv1.weight" in theirs
-    ours = {name: their_names(name, timm) for name in own if not name.endswith("num_batches_tracked")}
+    ours = {
+        name: [canonical(part) for part in their_names(name, timm, REFERENCE in own)]
+        for name in own
+        if not name.endswith("num_batches_tracked")
+    }
     known = {name for names in ours.values() for name in names}
     missing, unknown = sorted(known - theirs.keys()), sorted(theirs.keys() - known)
     if missing or unknown:
@@ -100,7 +119,7 @@ def from_hugging_face(state: dict[str, Tensor], own: Iterable[str]) -> dict[str,
 
 
 def canonical(name: str) -> str:
-    """A name of whatever version of transformers, as the published repositories have it."""
+    """A name of whatever version of transformers, in the one spelling in which names are compared."""
     for pattern, replacement in OLDER_AND_NEWER:
         name = re.sub(pattern, replacement, name)
     return name
@@ -108,8 +127,15 @@ def canonical(name: str) -> str:
 
 def newest(name: str) -> str:
     """A published name as transformers 5 has it inside."""
-    name = re.sub(r"(layers\.\d+)\.fc", r"\1.mlp.fc", name.replace("backbone.conv_encoder.", "backbone."))
+    name = re.sub(r"(layers\.\d+)\.fc", r"\1.mlp.fc", canonical(name).replace("backbone.conv_encoder.", "backbone."))
     return name.replace(".out_proj.", ".o_proj.")
+
+
+def model_type(model: ModelConfig, sparse: bool) -> str:
+    """transformers' name for a model; sparse: whether it has another mapping than softmax."""
+    if model.cross_attention == "conditional":
+        return "sparse-conditional-detr" if sparse else "conditional_detr"
+    return "sparse-detr" if sparse else "table-transformer" if model.pre_norm else "detr"
 
 
 def architecture_fields(model: ModelConfig) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from detr_fabric.export import hugging_face, trial, verified
 from detr_fabric.export import transformers_attention as own_attention
 from detr_fabric.export.hugging_face import open_folder
 from detr_fabric.export.settings import Settings
+from detr_fabric.model.detr import DETR
 from detr_fabric.runtime.checkpoint import save_checkpoint
 from detr_fabric.runtime.rebuild import rebuild
 from tests.commands import REPOSITORY
@@ -27,12 +28,16 @@ from tests.patching import Patch
 
 pytest.importorskip("transformers")
 
+CONDITIONAL = {"cross_attention": "conditional", "loss": LossConfig(kind="focal", cost_class=2, ce_coef=2)}
 SPARSE = AttnConfig("entmax", alpha=1.3, decoder_self="topk", decoder_cross="sparsemax", topk=5)
 MODELS: dict[str, dict[str, Any]] = {
     "layer2": {"backbone": "resnet50", "last_stage": "layer2", "enc_layers": 2, "dec_layers": 2},
     "learned positions": {"position": "learned", "last_stage": "layer1", "norm": "batch", "enc_layers": 0},
     "pre-norm": {"pre_norm": True, "last_stage": "layer2", "dec_layers": 2, "position": "learned"},
     "a mapping for each attention": {"attn": SPARSE, "last_stage": "layer3", "enc_layers": 2, "dec_layers": 2},
+    "conditional": {**CONDITIONAL, "last_stage": "layer2", "enc_layers": 2, "dec_layers": 3},
+    "conditional, learned positions": {**CONDITIONAL, "last_stage": "layer1", "position": "learned", "dec_layers": 2},
+    "conditional, three mappings": {**CONDITIONAL, "attn": SPARSE, "last_stage": "layer2", "dec_layers": 2},
     "sigmoid": {"attn": AttnConfig("sigmoid", decoder_self="relu", decoder_cross="softmax1"), "last_stage": "layer3"},
 }
 
@@ -43,11 +48,16 @@ def trained(path: Path, **settings: Any) -> str:
     content = torch.load(file, weights_only=True)
     torch.manual_seed(1)
     for name, value in content["model"].items():
-        if "norm" in name:
+        if "norm" in name or "query_scale" in name:
             value += 0.3 * torch.randn_like(value)
     content["model"]["query_embed.weight"] *= 10
     save_checkpoint(Path(file), content, keep_previous=False)
     return file
+
+
+def weights(model: DETR) -> dict[str, Tensor]:
+    """Without the counts of batch norm that is trained, which is frozen in a folder."""
+    return {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
 
 
 def export(monkeypatch: pytest.MonkeyPatch, file: str, *args: object) -> Path:
@@ -70,14 +80,22 @@ def test_transformers_finds_what_the_model_finds_in_padded_batches_too(
     assert_same(find(*batch), reference(back.model.eval(), batch))
     own = rebuild(Path(file))
     assert (back.categories, back.config.attn.mappings) == (own.categories, own.config.attn.mappings)
+    assert back.config.loss == own.config.loss
+    torch.testing.assert_close(weights(back.model), weights(own.model), rtol=0, atol=0)
+    for field in ("cross_attention", "pre_norm", "position", "last_stage", "num_queries"):
+        assert getattr(back.config.model, field) == getattr(own.config.model, field)
     assert back.config.data.scales == (96,) and back.config.data.max_size == 160
 
 
-@pytest.mark.parametrize("attn", [AttnConfig(), AttnConfig("sparsemax")], ids=["softmax", "sparsemax"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"attn": AttnConfig("sparsemax")}, {**CONDITIONAL, "dec_layers": 2}],
+    ids=["softmax", "sparsemax", "conditional"],
+)
 def test_ten_real_images_have_the_same_boxes_alone_and_in_padded_batches(
-    attn: AttnConfig, coco_mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], coco_mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = trained(tmp_path / "best.ckpt", attn=attn)
+    file = trained(tmp_path / "best.ckpt", **settings)
     folder = export(monkeypatch, file, "--images", coco_mini / "val2017")
     detector = load(file, "cpu")
     images, source = trial.trial_images(
@@ -91,12 +109,13 @@ def test_ten_real_images_have_the_same_boxes_alone_and_in_padded_batches(
         assert_same(find(*batch), reference(unwrap(detector.model), batch))
 
 
+@pytest.mark.parametrize("settings", [{}, {**CONDITIONAL, "dec_layers": 2}], ids=["original", "conditional"])
 def test_pipelines_find_the_same_in_a_file_and_name_it(
-    coco_mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], coco_mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import pipeline
 
-    file = trained(tmp_path / "best.ckpt")
+    file = trained(tmp_path / "best.ckpt", **settings)
     found: Any = pipeline("object-detection", model=str(export(monkeypatch, file)), device="cpu")
     image = sorted((coco_mini / "val2017").iterdir())[0]  # is made smaller, by which both resize alike
     theirs, ours = found(str(image), threshold=0.1), load(file, "cpu")(image, threshold=0.1)
@@ -158,6 +177,8 @@ def test_a_folder_says_sizes_and_names_and_nothing_of_this_machine(
     "settings, reason",
     [
         ({"cross_attention": "conditional"}, "Conditional DETR scores each class with a sigmoid"),
+        ({**CONDITIONAL, "pre_norm": True}, "Conditional DETR has no --model.pre-norm"),
+        ({**CONDITIONAL, "dec_layers": 1}, "weights for a second decoder layer"),
         ({"loss": LossConfig(kind="focal")}, "has a row for no-object in the class head, this one has none"),
         ({"attn": AttnConfig(decoder_cross="tvmax")}, "tvmax needs the grid"),
         ({"attn": AttnConfig("entmax-learned")}, "alphas that entmax-learned learns"),

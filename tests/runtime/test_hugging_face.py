@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from detr_fabric import load
-from detr_fabric.config import AttnConfig, Config, ModelConfig
+from detr_fabric.config import AttnConfig, Config, LossConfig, ModelConfig
 from detr_fabric.data.formats.categories import Categories
 from detr_fabric.data.formats.coco_classes import COCO_CLASSES
 from detr_fabric.errors import UserError
@@ -57,7 +57,11 @@ PROCESSOR = {
 def small_model(num_classes: int, **changes: Any) -> DETR:
     torch.manual_seed(0)
     config = Config(model=ModelConfig(**{"backbone": "resnet18", **SMALL, **changes})).resolve()
-    return build_model(config.model, config.attn, num_classes, pretrained=False).eval()
+    conditional = config.model.cross_attention == "conditional"
+    model = build_model(config.model, config.attn, num_classes, pretrained=False, focal=conditional)
+    for p in model.bbox_embed.parameters():
+        nn.init.normal_(p, std=0.3)  # those of a fresh conditional model are 0
+    return model.eval()
 
 
 def write(folder: Path, model: DETR, names: dict[int, str], fields: dict[str, Any], timm: bool) -> Path:
@@ -98,29 +102,66 @@ def test_a_published_folder_is_rebuilt_with_cocos_classes_and_sizes(published: t
     assert len(found.names) == 7
 
 
-def test_what_transformers_saves_is_read_whatever_its_names(tmp_path: Path) -> None:
+def test_a_published_conditional_detr_is_rebuilt_with_focal_loss_and_fine_tuned(tmp_path: Path) -> None:
+    names = {label: COCO_CLASSES.get(label, "N/A") for label in range(91)}
+    model = small_model(91, cross_attention="conditional")
+    fields = {
+        "architectures": ["ConditionalDetrForObjectDetection"],
+        "model_type": "conditional_detr",
+        "class_cost": 2,
+        "cls_loss_coefficient": 2,
+        "focal_alpha": 0.25,
+    }
+    folder = write(tmp_path / "conditional-detr-resnet-18", model, names, fields, timm=True)
+    stored = load_file(folder / "model.safetensors")
+    for name in ("sa_qcontent_proj", "sa_kpos_proj", "sa_v_proj", "ca_kcontent_proj", "ca_qpos_sine_proj", "fc1"):
+        assert f"model.decoder.layers.0.{name}.weight" in stored, name  # as in microsoft/conditional-detr-resnet-50
+    edit(folder, "preprocessor_config.json", feature_extractor_type="ConditionalDetrFeatureExtractor")
+    rebuilt = rebuild(folder)
+    assert same_outputs(model, rebuilt.model) and rebuilt.categories == COCO
+    assert rebuilt.config.model.cross_attention == "conditional"
+    assert rebuilt.config.loss == LossConfig(kind="focal", cost_class=2, ce_coef=2)
+    assert (rebuilt.config.data.scales, rebuilt.config.data.max_size) == ((800,), 1333)
+    ours = small_model(2, cross_attention="conditional")
+    lines = load_weights(ours, str(folder), Categories((1, 2), ("robot", "Cat")))
+    assert "1 of 2 classes carried over by name: Cat; new: robot" in "\n".join(lines)
+    torch.testing.assert_close(ours.class_embed.weight[1], model.class_embed.weight[17])
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [("Detr", {}), ("TableTransformer", {"pre_norm": True}), ("ConditionalDetr", {"cross_attention": "conditional"})],
+)
+def test_what_transformers_saves_is_read_whatever_its_names_and_finds_the_same(
+    kind: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
     transformers = pytest.importorskip("transformers")
-    for kind, pre_norm in (("Detr", False), ("TableTransformer", True)):
-        model = small_model(3, pre_norm=pre_norm, position="learned")
-        fields = architecture_fields(
-            ModelConfig(**{"backbone": "resnet18", **SMALL, "pre_norm": pre_norm, "position": "learned"})  # type: ignore[arg-type]
-        )
-        config = getattr(transformers, f"{kind}Config")(**fields, id2label={0: "a", 1: "b", 2: "c"})
-        theirs, report = getattr(transformers, f"{kind}ForObjectDetection").from_pretrained(
-            None, config=config, state_dict=to_hugging_face(model.state_dict()), output_loading_info=True
-        )
-        assert not report["missing_keys"] and not report["unexpected_keys"]
-        theirs.save_pretrained(tmp_path / kind)
-        inside = tmp_path / f"{kind}_inside"  # the names of its own modules, which other versions may save
-        inside.mkdir()
-        (inside / "config.json").write_text((tmp_path / kind / "config.json").read_text())
-        save_file(
-            {name: value.contiguous() for name, value in theirs.state_dict().items()}, inside / "model.safetensors"
-        )
-        for folder in (tmp_path / kind, inside):
-            rebuilt = rebuild(folder)
-            assert same_outputs(model, rebuilt.model) and rebuilt.categories == Categories((0, 1, 2), ("a", "b", "c"))
-            assert rebuilt.config.data.scales == (800,)  # as transformers does without preprocessor_config.json
+    model = small_model(3, position="learned", **changes)
+    sizes: dict[str, Any] = {"backbone": "resnet18", **SMALL, "position": "learned", **changes}
+    fields = architecture_fields(ModelConfig(**sizes))
+    config = getattr(transformers, f"{kind}Config")(**fields, id2label={0: "a", 1: "b", 2: "c"})
+    theirs, report = getattr(transformers, f"{kind}ForObjectDetection").from_pretrained(
+        None, config=config, state_dict=to_hugging_face(model.state_dict()), output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    theirs.save_pretrained(tmp_path / kind)
+    inside = tmp_path / f"{kind}_inside"  # the names of its own modules, which other versions may save
+    inside.mkdir()
+    (inside / "config.json").write_text((tmp_path / kind / "config.json").read_text())
+    save_file({name: value.contiguous() for name, value in theirs.state_dict().items()}, inside / "model.safetensors")
+    images, mask = torch.randn(2, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.bool)
+    mask[1, :, 64:] = True
+    images[1, :, :, 64:] = 0
+    with torch.no_grad():
+        expected = theirs.eval()(pixel_values=images, pixel_mask=(~mask).long())
+    for folder in (tmp_path / kind, inside):
+        rebuilt = rebuild(folder)
+        assert same_outputs(model, rebuilt.model) and rebuilt.categories == Categories((0, 1, 2), ("a", "b", "c"))
+        assert rebuilt.config.data.scales == (800,)  # as transformers does without preprocessor_config.json
+        with torch.no_grad():
+            found = rebuilt.model(images, mask)
+        torch.testing.assert_close(found.pred_logits[-1], expected.logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.pred_boxes[-1], expected.pred_boxes, rtol=0, atol=1e-4)
 
 
 def test_fine_tuning_takes_the_rows_of_classes_of_the_same_name(published: tuple[Path, DETR]) -> None:
