@@ -2,7 +2,7 @@
 
     python -m detr_fabric.study experiments/budget_study.py
 
-Conditional runs have focal loss too. Those with EMA evaluate a moving average of the weights. Cost: 5 to 8 minutes a
+Conditional runs have focal loss too. Those with EMA evaluate a moving average of the weights. Cost: 5 to 17 minutes a
 cell on one CPU core, 18 cells.
 """
 
