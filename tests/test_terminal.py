@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import os
 import pty
-import select
 import sys
 
 import pytest
 
 from detr_fabric.terminal import counted, decimal, say
+from tests.terminals import written
 
 
 @pytest.mark.parametrize(
@@ -57,10 +57,7 @@ def test_a_count_is_one_line_of_a_terminal_that_goes_away(monkeypatch: pytest.Mo
         with counted("images", 2) as done:
             done(1)
             done(2)
-        shown = ""
-        while select.select([master], [], [], 0.2)[0]:
-            shown += os.read(master, 10_000).decode()
-    os.close(master)
+    shown = written(master)
     assert "images" in shown and "2/2" in shown and shown.endswith("\x1b[2K")  # the line is erased
 
 

@@ -15,6 +15,7 @@ from detr_fabric.check.report import check
 from detr_fabric.check.settings import CheckSettings
 from tests.checking import checked, clean
 from tests.coco_files import write_images, write_json
+from tests.terminals import written
 
 
 @pytest.mark.parametrize(
@@ -51,11 +52,11 @@ def test_wrong_commands_end_with_2_and_a_sentence(
 
 
 def test_progress_is_a_bar_on_a_terminal_and_silent_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     path, folder = write_json(tmp_path / "a.json", clean()), write_images(tmp_path / "images", clean())
     assert checked(path, "--images", folder, "--workers", "1")[2] == ""
     parent, child = pty.openpty()
     with os.fdopen(child, "w") as terminal, contextlib.redirect_stdout(io.StringIO()), monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
         assert check(CheckSettings(str(path), str(folder), workers=1))
-    assert "2/2" in os.read(parent, 10_000).decode()
-    os.close(parent)
+    assert "2/2" in written(parent)

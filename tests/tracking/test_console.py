@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import pty
-import select
 import subprocess
 import threading
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from detr_fabric.tracking.console import Progress
+from tests.terminals import written
 from tests.tracking.nursery import Done, run_process
 
 
@@ -69,10 +69,7 @@ def test_a_terminal_shows_a_bar_and_texts_above_it(monkeypatch: pytest.MonkeyPat
         progress.update(1, 31, RECORD)
         progress.say("saved [bold]")
         progress.update(1, 32)
-        shown = ""
-        while select.select([master], [], [], 0.2)[0]:
-            shown += os.read(master, 10_000).decode()
-    os.close(master)
+    shown = written(master)
     assert "epoch 2/3" in shown and "31/90 loss 3.250" in shown and "32/90 loss 3.250" in shown
     assert "saved [bold]\r\n" in shown
 
