@@ -166,11 +166,11 @@ def test_too_few_images_are_refused_before_training(dataset: CocoDetection) -> N
 
 
 class Slow(CocoDetection):
-    """Waits at images with odd ids."""
+    """Hangs at images with odd ids, until the test is over."""
 
     def before_resize(self, sample: tuple[int, int]) -> tuple[torch.Tensor, Target]:
         if sample[1] % 2:
-            time.sleep(2)
+            time.sleep(20)
         return super().before_resize(sample)
 
 
@@ -190,9 +190,9 @@ def test_a_killed_worker_names_the_images_in_flight(dataset: CocoDetection) -> N
 def test_a_hanging_worker_is_reported_with_its_images(dataset: CocoDetection) -> None:
     slow = Slow(dataset.folder, dataset.annotations, dataset.transform, seed=0)
     loader = eval_loader(slow, workers=1)
-    loader.workers.loader.timeout = 1
     batches = iter(loader)
     next(batches)
+    loader.workers.loader._iterator._timeout = 1  # not before: the first image waits for the start of the worker
     with pytest.raises(UserError, match=r"timed out after 1.* seconds, while images 1, 2 were loaded"):
         next(batches)
 
