@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.patching import Patch, patched
 
@@ -22,6 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Without a GPU Triton's kernels run in its interpreter; Triton reads this when it is imported.
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# The same examples on every machine, however slow it is; --hypothesis-profile=default draws others each time.
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
 # Where pytest runs in the background of a script, SIGINT is ignored, which every process of the tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
