@@ -14,7 +14,7 @@ from detr_fabric.train import parse_train
 from tests.commands import REPOSITORY
 
 SETTINGS = {"check": "CheckSettings", "analysis": "AnalysisSettings"}
-TEXTS = [REPOSITORY / "README.md", REPOSITORY / "detr_fabric" / "README.md", *REPOSITORY.glob("experiments/*.py")]
+TEXTS = [REPOSITORY / "README.md", REPOSITORY / "detr_fabric/README.md", *sorted(REPOSITORY.glob("experiments/*.py"))]
 COMMAND = re.compile(r"-m detr_fabric\.(\w+)((?: +[^\s`#;&|]+)*)")  # up to a comment, or the end of a code span
 
 

@@ -26,6 +26,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: 
 
 pytestmark = pytest.mark.process
 HOSTILE = "</script><img src=x onerror=alert(1)><b>&amp;"
+WAIT = 100_000  # milliseconds, for what comes in one
+expect.set_options(timeout=WAIT)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def chromium() -> Iterator[Browser]:
         pytest.skip("no Chromium here: install it (Debian: apt-get install chromium)")
     with sync_playwright() as playwright:
         sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=file, args=sandbox)
+        browser = playwright.chromium.launch(executable_path=file, args=sandbox, timeout=WAIT)
         yield browser
         browser.close()
 
@@ -67,6 +69,7 @@ def file(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
 def page(chromium: Browser, file: Path) -> Iterator[Page]:
     """The page, opened; fails at the end if anything was asked of the network or said on the console."""
     context = chromium.new_context(viewport={"width": 1280, "height": 800})
+    context.set_default_timeout(WAIT)
     page = context.new_page()
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
@@ -224,6 +227,7 @@ def test_hostile_names_stay_text(page: Page) -> None:
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_on_a_phone_nothing_is_wider_than_the_screen(chromium: Browser, file: Path, theme: Any) -> None:
     page = chromium.new_page(viewport={"width": 390, "height": 844}, color_scheme=theme)
+    page.set_default_timeout(WAIT)
     page.goto(file.as_uri())
     page.wait_for_selector("#stage figure")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
