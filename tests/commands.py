@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -72,6 +73,14 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 
+def free_port() -> int:
+    """One that no other process is given before it is used: the system chooses from 32768 on."""
+    while True:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("localhost", 25_000 + secrets.randbelow(7_000)))
+            return int(free.getsockname()[1])
+
+
 class Job:
     """Training in one process or several, forked from a server that has torch loaded: a start takes a second, not ten.
 
@@ -87,9 +96,7 @@ class Job:
         os.close(handle)
         self.file = Path(name)
         self.processes = []
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         for rank in range(ranks):
             changes = environment(**env)
             if ranks > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from detr_fabric.evaluate.report import evaluate_checkpoint
 from detr_fabric.evaluate.settings import Settings
 from detr_fabric.runtime.checkpoint import load_checkpoint
 from detr_fabric.runtime.rebuild import rebuild
+from tests import faults
 from tests.coco_files import write_root
 from tests.commands import Job, records
 from tests.data.test_bad_images import BAD, content, damage
@@ -23,15 +25,18 @@ SMALL = ("--data.scales", "32", "--data.max-size", "64", "--data.crop", "False",
 STEPS = 6  # two epochs of three steps of eight images
 
 
-def job(folder: Path, run: str, *args: str, ranks: int = 1) -> Job:
+def job(folder: Path, run: str, *args: str, ranks: int = 1, last: int = STEPS) -> Job:
+    """last: the step after which the run waits to be killed."""
     batch = ("--train.batch-size", str(8 // ranks), "--train.log-every", "1")
     args = ("--preset", "debug", "--data.root", "root", *SMALL, *batch, "--train.run-dir", run, *args)
-    return Job(*args, cwd=folder, ranks=ranks, target=without_waiting)
+    return Job(*args, cwd=folder, ranks=ranks, target=partial(without_retries, last))
 
 
-def without_waiting() -> None:
+def without_retries(last: int) -> None:
     """Runs in the job's process."""
     pytest.MonkeyPatch().setattr(image_files, "RETRY_SECONDS", ())
+    if last < STEPS:
+        faults.wait_for_a_signal(last + 1)
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +91,8 @@ def test_skipped_images_are_named_and_counted_and_training_goes_on(folder: Path)
 
 @pytest.mark.faults
 def test_a_run_that_skips_resumes_bit_for_bit(folder: Path) -> None:
-    going = job(
-        folder, "resumed", "--data.bad-images", "skip", "--train.checkpoint-minutes", "0", "--data.workers", "2"
-    )
+    args = ("--data.bad-images", "skip", "--train.checkpoint-minutes", "0", "--data.workers", "2")
+    going = job(folder, "resumed", *args, last=4)
     going.wait_until(lambda: (folder / "resumed" / "log.jsonl").exists() and len(losses(folder / "resumed")) >= 2)
     going.signal(signal.SIGKILL)
     going.wait()

@@ -132,7 +132,7 @@ def hanging(where: Kind, step: int, chance: random.Random) -> Callable[[], None]
         return partial(faults.hang_in_evaluation, step, chance.choice(get_args(faults.EvaluationMoment)))
     if where in ("save", "copies"):
         return partial(faults.hang_in_save, step, chance.choice(get_args(faults.Moment)), where == "copies")
-    return None
+    return partial(faults.wait_for_a_signal, step + 3) if where == "step" else None  # lest it ends before it is killed
 
 
 def assert_same_files(one: Path, other: Path) -> None:

@@ -42,7 +42,7 @@ def command(folder: Path, *args: str, **env: str) -> Command:
 
 
 def assert_nobody_is_left(going: Command) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while going.family():
         if time.monotonic() > end:
             left = going.family()

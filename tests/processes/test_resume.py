@@ -16,7 +16,7 @@ pytestmark = pytest.mark.faults
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_dead(folder: Path) -> None:
-    first = debug_job(folder, "locked", "--data.workers", "2")
+    first = debug_job(folder, "locked", "--data.workers", "2", target=partial(faults.wait_for_a_signal, 5))
     first.wait_until(lambda: steps(folder / "locked"))
     second = debug_job(folder, "locked")
     assert second.wait() == [2]

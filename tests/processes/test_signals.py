@@ -79,8 +79,8 @@ def test_wandb_learns_that_a_run_comes_back_and_nobody_learns_its_key(folder: Pa
     going = debug_job(folder, run.name, *args, target=partial(faults.wait_for_a_signal, 3), **env)
     going.wait_until(lambda: len(steps(run)) == 2)
     going.signal(signal.SIGUSR1)
-    assert going.wait(100) == [EXIT_PREEMPTED], going.text()
-    assert debug_job(folder, run.name, *args, "--train.max-steps", "4", **env).wait(100) == [0]
+    assert going.wait() == [EXIT_PREEMPTED], going.text()
+    assert debug_job(folder, run.name, *args, "--train.max-steps", "4", **env).wait() == [0]
     first, second = read_runs(run)
     assert (first.preempting, second.preempting, first.id) == (True, False, second.id)
     files = [path for path in run.rglob("*") if path.is_file()]
@@ -95,7 +95,8 @@ def test_a_signal_to_any_rank_saves_and_the_same_command_goes_on(folder: Path, n
     reference = folder / "whole" if ranks == 1 else folder / "whole2"
     if not reference.exists():
         assert debug_job(folder, "whole2", ranks=2).wait() == [0, 0]
-    going = debug_job(folder, run.name, ranks=ranks)
+    not_to_the_end = partial(faults.wait_for_a_signal, STEPS // ranks - 1, ranks - 1)
+    going = debug_job(folder, run.name, ranks=ranks, target=not_to_the_end)
     going.wait_until(lambda: len(steps(run)) >= 2)
     going.signal(number, ranks - 1)
     going.signal(signal.SIGHUP)
@@ -109,7 +110,8 @@ def test_a_signal_to_any_rank_saves_and_the_same_command_goes_on(folder: Path, n
 
 
 def test_a_second_interrupt_quits_at_once(folder: Path) -> None:
-    going = debug_job(folder, "twice", "--eval.batch-size", "1")
+    not_to_the_end = partial(faults.wait_for_a_signal, STEPS - 1)
+    going = debug_job(folder, "twice", "--eval.batch-size", "1", target=not_to_the_end)
     going.wait_until(lambda: len(steps(folder / "twice")) >= 2)
     going.signal(signal.SIGSTOP)
     going.signal(signal.SIGINT)
@@ -125,7 +127,8 @@ def test_slurm_is_asked_to_requeue_the_job(folder: Path) -> None:
     (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {folder}/asked\n')
     (tools / "scontrol").chmod(0o755)
     env = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "41", "SLURM_ARRAY_TASK_ID": "3"}
-    going = debug_job(folder, "slurm", "--train.requeue", SLURM_JOB_ID="42", **env)
+    not_to_the_end = partial(faults.wait_for_a_signal, STEPS - 1)
+    going = debug_job(folder, "slurm", "--train.requeue", target=not_to_the_end, SLURM_JOB_ID="42", **env)
     going.wait_until(lambda: steps(folder / "slurm"))
     going.signal(signal.SIGUSR1)
     assert going.wait(60) == [EXIT_PREEMPTED], going.text()

@@ -116,6 +116,7 @@ def test_a_resumed_run_keeps_its_id_and_a_stopped_one_is_marked(home: Path) -> N
     first.log_metrics({"train/loss": 3.0}, step=10)
     first.mark_preempting()
     first.finalize("preempted")
+    time.sleep(1)  # W&B names the folders of a run's starts by the second
     second = start(home, [], mode="offline", run_id=first.run_id)
     second.log_metrics({"train/loss": 2.0}, step=20)
     second.finalize("success")
@@ -275,6 +276,7 @@ def test_a_server_that_is_not_there_makes_the_run_offline(home: Path, monkeypatc
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens on the discard port
     monkeypatch.setenv("WANDB_API_KEY", CANARY)
     monkeypatch.setattr(wandb_logger, "INIT_TIMEOUT", 2.0)
+    monkeypatch.setattr(wandb_logger, "GRACE", 60.0)  # W&B's service is started twice
     said: list[str] = []
     logger = start(home, said, mode="online")
     logger.log_metrics({"train/loss": 3.0}, step=1)
