@@ -11,6 +11,10 @@ from tests.commands import Job, records
 from tests.patching import patch
 
 RUN = ("--preset", "debug", "--train.log-every", "1", "--train.epochs", "2", "--eval.attention-images", "2")
+FEWER_EPOCHS = (
+    *("--model.cross-attention", "conditional", "--loss.kind", "focal", "--optim.ema", "0.9"),
+    *("--attn.decoder-cross", "sparsemax", "--attn.softmax-first", "0.5"),
+)
 SIZES = ("--data.scales", "48", "64", "80", "--data.shapes-train", "24", "--model.dropout", "0")
 
 
@@ -20,12 +24,22 @@ def without_code_generation() -> None:
     patch(nn.Module, "compile", lambda *args, **kwargs: whole(*args, **kwargs, backend="aot_eager"))
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_compiled_model_trains_alike_and_knows_sizes_that_vary(ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "model"),
+    [
+        (1, ()),
+        pytest.param(2, (), marks=pytest.mark.slow),
+        pytest.param(1, FEWER_EPOCHS, marks=pytest.mark.slow),
+    ],
+    ids=["one", "two ranks", "fewer epochs"],
+)
+def test_a_compiled_model_trains_alike_and_knows_sizes_that_vary(
+    ranks: int, model: tuple[str, ...], tmp_path: Path
+) -> None:
     losses = {}
     for name, flags, target in (("eager", (), None), ("compiled", ("--train.compile",), without_code_generation)):
         job = Job(
-            *(*RUN, *SIZES, *flags, "--train.batch-size", str(8 // ranks), "--train.run-dir", name),
+            *(*RUN, *SIZES, *model, *flags, "--train.batch-size", str(8 // ranks), "--train.run-dir", name),
             cwd=tmp_path,
             ranks=ranks,
             target=target,
