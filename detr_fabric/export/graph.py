@@ -87,7 +87,7 @@ def sides(model: ModelConfig) -> Sides:
 
 @contextmanager
 def quick_tracing() -> Iterator[None]:
-    """Without warnings, and without a stack trace for each node, which torch takes a tenth of its time to collect."""
+    """Without warnings, and without the stack trace of each node, which takes torch a tenth of the time to collect."""
     setting = "do_not_emit_stack_traces"  # which earlier versions do not have
     before = getattr(tracing, setting, False)
     with warnings.catch_warnings():
@@ -163,7 +163,6 @@ def simplify(model: Any) -> None:
 
     passes.InlinePass()(model)
     fold_constants_ir(model, onnx_shape_inference=True)
-    remove_unused_nodes(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)

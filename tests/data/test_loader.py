@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,13 +175,18 @@ class Slow(CocoDetection):
         return super().before_resize(sample)
 
 
-@pytest.mark.faults
-def test_a_killed_worker_names_the_images_in_flight(dataset: CocoDetection) -> None:
-    slow = Slow(dataset.folder, dataset.annotations, dataset.transform, seed=0)
-    loader = eval_loader(slow, workers=1)
+def hanging(dataset: CocoDetection) -> tuple[Iterator[Any], Any]:
+    """Batches whose only worker hangs after the first, which is taken; and PyTorch's iterator below them."""
+    loader = eval_loader(Slow(dataset.folder, dataset.annotations, dataset.transform, seed=0), workers=1)
     batches = iter(loader)
     next(batches)
-    (worker,) = loader.workers.loader._iterator._workers
+    return batches, loader.workers.loader._iterator
+
+
+@pytest.mark.faults
+def test_a_killed_worker_names_the_images_in_flight(dataset: CocoDetection) -> None:
+    batches, iterator = hanging(dataset)
+    (worker,) = iterator._workers
     os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"ended by SIGKILL.*, while images 1, 2 were loaded: .*--data.workers"):
         next(batches)
@@ -188,11 +194,8 @@ def test_a_killed_worker_names_the_images_in_flight(dataset: CocoDetection) -> N
 
 @pytest.mark.faults
 def test_a_hanging_worker_is_reported_with_its_images(dataset: CocoDetection) -> None:
-    slow = Slow(dataset.folder, dataset.annotations, dataset.transform, seed=0)
-    loader = eval_loader(slow, workers=1)
-    batches = iter(loader)
-    next(batches)
-    loader.workers.loader._iterator._timeout = 1  # not before: the first image waits for the start of the worker
+    batches, iterator = hanging(dataset)
+    iterator._timeout = 1  # not before: the first image waits for the start of the worker
     with pytest.raises(UserError, match=r"timed out after 1.* seconds, while images 1, 2 were loaded"):
         next(batches)
 
