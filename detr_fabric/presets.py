@@ -123,6 +123,8 @@ def run_file(path: Path, source: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{path.stem.replace('.', '_')}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{source}: give a Python file, NAME.py")
+    if not path.is_file():
+        raise UserError(f"{source}: no such file")
     module = importlib.util.module_from_spec(spec)
     try:
         with _neighbours(path.resolve().parent):

@@ -46,6 +46,8 @@ def test_unknown_preset_is_a_user_error() -> None:
         load_preset("nothing")
     with pytest.raises(UserError, match="did you mean quickstart"):
         load_preset("quikstart")
+    with pytest.raises(UserError, match=r"^--preset mine\.py: no such file$"):
+        load_preset("mine.py")
 
 
 @pytest.mark.parametrize(
