@@ -15,7 +15,7 @@ from hypothesis import settings
 from tests.patching import Patch, patched
 
 GOLDEN = Path(__file__).parent / "golden"
-PROCESSES = Path(__file__).parent / "processes"
+LONG = [Path(__file__).parent / folder for folder in ("benchmark", "export", "processes")]
 
 
 # Two processes run the tests, each with a thread of its own for arithmetic; torch reads this when it is imported.
@@ -44,7 +44,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if PROCESSES in item.path.parents:
+        if any(folder in item.path.parents for folder in LONG):
             item.add_marker("process")
 
 

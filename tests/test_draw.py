@@ -160,6 +160,7 @@ def test_letters_beyond_latin_are_drawn_as_themselves() -> None:
     assert len({ink(letter) for letter in "жщяΩΣعب"}) == 7, "a missing glyph looks like every other"
 
 
+@pytest.mark.process
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_nothing_that_can_be_in_a_data_set_or_come_from_a_model_fails(data: st.DataObject) -> None:

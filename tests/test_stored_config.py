@@ -68,6 +68,7 @@ def test_a_stored_config_is_a_preset_for_a_run_of_its_own(run: Path) -> None:
     assert config.train.run_dir is None and config.train.resume is None and not config.train.allow_config_change
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("start", [["--train.run-dir", "{run}"], ["--preset", "{run}/config.json"], []])
 def test_no_flag_is_overridden_by_what_it_starts_from(start: list[str], run: Path) -> None:
     typed = [part for name, (value, _) in FLAGS.items() for part in (f"--{name.replace('_', '-')}", value)]

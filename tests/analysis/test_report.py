@@ -47,6 +47,7 @@ def analyse(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
     entry.main()
 
 
+@pytest.mark.process
 def test_the_command_writes_numbers_and_pictures(
     checkpoints: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +69,7 @@ def test_the_command_writes_numbers_and_pictures(
     assert widths["run_a"] > 5 * 168 and widths["run_b"] > 3 * 168  # the mean and every head side by side
 
 
+@pytest.mark.process
 def test_records_and_tables_are_written_also_of_random_weights(
     checkpoints: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,6 @@ from detr_fabric.benchmark.measure import PartResult
 from tests.patching import Patch
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("part", ["loss", "data", "eval", "inference", "step"])
 def test_each_part_prints_a_table_and_writes_a_record(
     part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -29,7 +28,6 @@ def test_each_part_prints_a_table_and_writes_a_record(
     assert rows[0]["case"] in capsys.readouterr().out
 
 
-@pytest.mark.process
 def test_whole_training_is_measured_by_its_own_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["train", "--quick", "--accelerator", "cpu", "--json", str(tmp_path / "a.json")])
     (row,) = json.loads((tmp_path / "a.json").read_text())["parts"]["train"]["rows"]
@@ -37,7 +35,7 @@ def test_whole_training_is_measured_by_its_own_log(tmp_path: Path, capsys: pytes
     assert row["case"] in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("part", ["loss", "inference", "step", pytest.param("start", marks=pytest.mark.process)])
+@pytest.mark.parametrize("part", ["loss", "inference", "step", "start"])
 def test_a_missing_peer_is_named_and_left_out(
     part: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,7 +43,6 @@ def test_a_part_that_fails_is_a_line_of_the_table_beside_the_others(
 
 
 @pytest.mark.slow
-@pytest.mark.process
 def test_the_whole_script_runs_at_tiny_sizes_on_a_cpu(tmp_path: Path) -> None:
     gpu.main([*TINY, "--json", str(tmp_path / "a.json")])
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]

@@ -154,6 +154,7 @@ def survivors(content: dict[str, Any], training: Categories | None, coco91: bool
 TRAINING = Categories((1, 2, 3), ("cat", "dog", "bird"))
 
 
+@pytest.mark.process
 @settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(mutated(), st.sampled_from(["contiguous", "contiguous", "coco91", "validation"]))
 def test_any_file_is_accounted_for_and_its_copy_is_accepted(

@@ -73,6 +73,7 @@ def test_every_broken_file_is_listed_and_left_out_of_the_copy(tmp_path: Path, wo
     assert (code, found(report)) == (0, {})
 
 
+@pytest.mark.process
 def test_a_file_that_kills_its_decoder_is_named_and_the_others_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

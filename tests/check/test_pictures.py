@@ -23,6 +23,7 @@ from tests.coco_files import coco, image, thing, write_images, write_json, write
 from tests.format_files import small, write_voc, write_yolo
 from tests.patching import Patch
 
+pytestmark = pytest.mark.process
 TRAIN = ["train_batches.png", "train_histograms.png", "train_samples.png"]
 
 

@@ -195,6 +195,7 @@ def test_links_and_read_only_folders_are_read(tmp_path: Path) -> None:
         folder.chmod(0o700)
 
 
+@pytest.mark.process
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from(["a.jpg", "a.png", "a.webp", "a.bmp", "a.tiff", "a.gif"]),

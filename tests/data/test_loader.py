@@ -70,6 +70,7 @@ def test_a_step_is_accumulate_batches_of_uint8_images_and_targets(dataset: CocoD
                 assert int((~mask).sum()) == target.size[0] * target.size[1]
 
 
+@pytest.mark.process
 def test_batches_do_not_depend_on_the_number_of_workers(dataset: CocoDetection) -> None:
     plain, one, two = (train_loader(dataset, workers=workers) for workers in (0, 1, 2))
     for epoch in (0, 5):
@@ -104,6 +105,7 @@ def test_an_abandoned_epoch_does_not_leak_into_the_next(dataset: CocoDetection) 
     assert_same(list(loader.epoch(1)), list(train_loader(dataset).epoch(1)))
 
 
+@pytest.mark.process
 def test_workers_stay_alive_between_epochs_and_end_with_the_loader(dataset: CocoDetection) -> None:
     loader = train_loader(dataset, workers=2)
     list(loader.epoch(0))
@@ -114,6 +116,7 @@ def test_workers_stay_alive_between_epochs_and_end_with_the_loader(dataset: Coco
     wait_until(lambda: not any(alive(pid) for pid in pids))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 2])
 def test_global_generators_do_not_move(dataset: CocoDetection, workers: int) -> None:
     torch.manual_seed(11)
@@ -150,6 +153,7 @@ def broken(dataset: CocoDetection, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return CocoDetection(tmp_path, dataset.annotations, EvalTransform(20, 64), seed=0)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_image_in_a_worker_arrives_as_one_clean_sentence(broken: CocoDetection, workers: int) -> None:
     for batches in (train_loader(broken, workers=workers).epoch(0), iter(eval_loader(broken, workers=workers))):
@@ -183,6 +187,7 @@ def hanging(dataset: CocoDetection) -> tuple[Iterator[Any], Any]:
     return batches, loader.workers.loader._iterator
 
 
+@pytest.mark.process
 @pytest.mark.faults
 def test_a_killed_worker_names_the_images_in_flight(dataset: CocoDetection) -> None:
     batches, iterator = hanging(dataset)
@@ -192,6 +197,7 @@ def test_a_killed_worker_names_the_images_in_flight(dataset: CocoDetection) -> N
         next(batches)
 
 
+@pytest.mark.process
 @pytest.mark.faults
 def test_a_hanging_worker_is_reported_with_its_images(dataset: CocoDetection) -> None:
     batches, iterator = hanging(dataset)
@@ -200,6 +206,7 @@ def test_a_hanging_worker_is_reported_with_its_images(dataset: CocoDetection) ->
         next(batches)
 
 
+@pytest.mark.process
 @pytest.mark.faults
 def test_signals_to_the_process_group_do_not_reach_the_workers(dataset: CocoDetection) -> None:
     loader = train_loader(dataset, workers=2)

@@ -21,6 +21,7 @@ from tests.runtime.test_rebuild import build
 COUNT = 3
 
 
+@pytest.mark.process
 def test_an_original_checkpoint_scores_what_pycocotools_makes_of_its_detections(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

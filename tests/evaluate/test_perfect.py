@@ -84,6 +84,7 @@ def test_on_coco(images: Path, rows: list[dict[str, Any]], sizes: bool) -> None:
 VOC_OBJECTS = st.tuples(st.integers(0, 2), EDGES, EDGES, SIDES, SIDES, st.sampled_from(["", "0", "1"]))
 
 
+@pytest.mark.process
 @FEW
 @given(st.lists(VOC_OBJECTS, min_size=1, max_size=8))
 def test_on_voc(images: Path, rows: list[tuple[Any, ...]]) -> None:
@@ -106,6 +107,7 @@ CORNERS = st.tuples(*[st.floats(0, 0.48) | st.just(0.0)] * 2, *[st.floats(0.52, 
 POINTS = st.lists(st.floats(0, 1), max_size=4)  # may make a box a pose or a polygon
 
 
+@pytest.mark.process
 @FEW
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["0", "1", "1.0"]), CORNERS, POINTS), min_size=1, max_size=6),

@@ -69,12 +69,10 @@ def assert_finds_the_same(exported: Exported) -> None:
     torch.testing.assert_close(find(filled, batch.mask)[2], boxes, rtol=0, atol=0)
 
 
-@pytest.mark.process
 def test_onnx_finds_what_the_model_finds_at_any_size_and_batch(onnx_file: Exported) -> None:
     assert_finds_the_same(onnx_file)
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     "kind, backbone, attn, settings",
     [
@@ -90,7 +88,6 @@ def test_so_do_both_formats_with_other_backbones_and_mappings(
     assert_finds_the_same(export_file(tmp_path, kind, backbone, attn, **settings))
 
 
-@pytest.mark.process
 def test_every_mapping_becomes_onnx(tmp_path: Path) -> None:
     """Rows that need many steps, too: there the exported number of steps is fixed."""
 
@@ -122,7 +119,6 @@ def test_every_mapping_becomes_onnx(tmp_path: Path) -> None:
             np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-5, err_msg=f"mapping {number}, {width} keys")
 
 
-@pytest.mark.process
 def test_real_images_are_found_alike_by_the_description_alone(onnx_file: Exported, coco_mini: Path) -> None:
     about = json.loads(Path(f"{onnx_file.file}.json").read_text())
     prepare, find, detector = about["preparation"], open_onnx(onnx_file.file), load(onnx_file.checkpoint, "cpu")
@@ -141,7 +137,6 @@ def test_real_images_are_found_alike_by_the_description_alone(onnx_file: Exporte
         torch.testing.assert_close(pixels, expected.boxes, rtol=0, atol=CLOSE * max(height, width))
 
 
-@pytest.mark.process
 def test_the_description_names_classes_sizes_and_what_was_checked(onnx_file: Exported) -> None:
     checkpoint, file, said = onnx_file
     assert re.search(r"largest difference .* on 10 built-in scenes", said) and str(file) in said

@@ -137,7 +137,6 @@ def test_weights_that_have_diverged_are_said(
     assert "not finite" in capsys.readouterr().err
 
 
-@pytest.mark.process
 def test_the_command_line_writes_a_program_that_needs_nothing_of_the_package(tmp_path: Path) -> None:
     shown = python("-m", "detr_fabric.export", "--help", cwd=tmp_path)
     assert shown.returncode == 0 and "--format" in shown.stdout

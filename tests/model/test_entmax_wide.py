@@ -45,6 +45,7 @@ def tolerance(alpha: float) -> float:
     return 1e-6 if alpha <= 2 else 1e-6 + 4 * (2.0**-52) ** (1 / (alpha - 1))
 
 
+@pytest.mark.process
 @settings(max_examples=1000, deadline=None, derandomize=True, database=None)
 @given(
     rows(6, 300),

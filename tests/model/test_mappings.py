@@ -70,6 +70,7 @@ def reference(row: Tensor, alpha: float) -> Tensor:
     return by_sorting(row, alpha) if alpha in (1.5, 2.0) else by_bisection(row, alpha)
 
 
+@pytest.mark.process
 @settings(max_examples=1200, deadline=None, derandomize=True, database=None)
 @given(
     rows(12, 4000),

@@ -62,6 +62,7 @@ def test_gradients_are_equal_bit_for_bit_to_those_of_kept_weights(mapping: Mappi
     assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("mapping", ["sparsemax", "entmax-learned"])
 def test_one_encoder_layer_at_1400_tokens_keeps_what_softmax_keeps(mapping: Mapping) -> None:
     x, padding = padded(4, 1400, 256)

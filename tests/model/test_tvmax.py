@@ -69,6 +69,7 @@ def test_weights_are_within_1e_5_of_the_joint_problem_solved_slowly(strength: fl
             torch.testing.assert_close(found.double().view(h, w), slowly(row.view(h, w), strength), atol=1e-5, rtol=0)
 
 
+@pytest.mark.process
 @each_strength
 def test_at_cocos_size_many_more_steps_move_no_weight_by_1e_5(strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)

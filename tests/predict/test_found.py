@@ -112,6 +112,7 @@ def test_a_missing_package_is_one_sentence(
         getattr(detr(folder / "photo.jpg"), method)()
 
 
+@pytest.mark.process
 def test_it_is_drawn_saved_and_shown_in_a_notebook(detr: Detector, folder: Path, tmp_path: Path) -> None:
     photo = write_image(tmp_path / "photo.png", 1600, 1200)
     found = detr(photo, threshold=0)

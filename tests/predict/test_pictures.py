@@ -18,6 +18,7 @@ from tests.patching import Patch
 from tests.predict.small import results, run, write_image
 
 
+@pytest.mark.process
 def test_pictures_and_attention_are_drawn_for_each_image_and_detection(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patch: Patch
 ) -> None:

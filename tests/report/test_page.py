@@ -52,6 +52,7 @@ def test_the_page_names_no_other_file_and_allows_no_request(tmp_path: Path) -> N
     assert "Copyright (c) 2022 Leon Sorokin" in html  # its licence travels with uPlot
 
 
+@pytest.mark.process
 def test_three_long_runs_without_attention_stay_below_2_mb(tmp_path: Path) -> None:
     long = [training(step, **{f"train/loss_bbox_{n}": 0.123456789 for n in range(5)}) for step in range(1, 3000)]
     runs = [write_run(tmp_path, name, [*long, evaluation(3000, 0.4)]) for name in "abc"]

@@ -227,6 +227,7 @@ def check_mutations(trainer: Trainer, folder: Path, examples: int) -> None:
         check()
 
 
+@pytest.mark.process
 def test_any_change_of_the_contents_loads_right_or_is_one_sentence(trainer: Trainer, tmp_path: Path) -> None:
     check_mutations(trainer, tmp_path, 40)
 

@@ -128,6 +128,7 @@ def test_a_published_conditional_detr_is_rebuilt_with_focal_loss_and_fine_tuned(
     torch.testing.assert_close(ours.class_embed.weight[1], model.class_embed.weight[17])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "kind, changes",
     [("Detr", {}), ("TableTransformer", {"pre_norm": True}), ("ConditionalDetr", {"cross_attention": "conditional"})],

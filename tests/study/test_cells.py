@@ -17,6 +17,7 @@ from detr_fabric.train import parse_train
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("*_study.py")), ids=lambda file: file.stem)
 def test_every_cell_of_our_studies_is_a_command_that_gives_its_settings(file: Path) -> None:
     study = load_study(str(file))

@@ -23,6 +23,7 @@ from detr_fabric.tracking import wandb as wandb_logger
 from detr_fabric.tracking.wandb import WandbLogger, git_commit
 from tests.offline_wandb import OfflineRun, read_runs
 
+pytestmark = pytest.mark.process
 CANARY = "canary" * 7
 PICTURE = Picture(
     torch.zeros(3, 40, 60, dtype=torch.uint8),
@@ -35,7 +36,6 @@ PICTURE = Picture(
 # ---- git
 
 
-@pytest.mark.process
 def test_the_commit_of_a_checkout_is_found_and_marked_when_changed(tmp_path: Path) -> None:
     package = tmp_path / "package"
     package.mkdir()

@@ -323,6 +323,7 @@ def mutated(draw: st.DrawFn) -> bytes:
     return bytes(text)
 
 
+@pytest.mark.process
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(mutated(), st.sampled_from(["contiguous", "coco91"]), st.booleans())
 def test_any_file_loads_or_is_refused_in_one_sentence(

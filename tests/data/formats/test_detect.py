@@ -127,6 +127,7 @@ def test_classes_of_a_training_set_are_found_by_name(tmp_path: Path) -> None:
     assert len(read_annotations(write_voc(tmp_path / "empty", empty), training)) == 4
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("layout", ["voc/1.xml", "labels/1.txt", "data.yaml", "ImageSets/Main/train.txt"])
 def test_damaged_files_are_read_or_refused_in_one_sentence(layout: str, tmp_path: Path) -> None:
     """Bytes flipped, cut out, repeated and put in: never anything but Annotations or a UserError."""

@@ -102,6 +102,7 @@ few = settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.g
 many = settings(max_examples=200, deadline=None, derandomize=True, phases=[Phase.generate])
 
 
+@pytest.mark.process
 @few
 @given(cases(queries=20, keys=40))
 def test_output_and_gradients_are_those_of_the_plain_computation(case: Case) -> None:
@@ -116,6 +117,7 @@ def test_output_and_gradients_are_those_of_the_plain_computation_at_any_length(c
     check(case)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.bfloat16, 0.03), pytest.param(torch.float16, 4e-3, marks=pytest.mark.slow)],
