@@ -1,6 +1,6 @@
 """Conditional DETR with ResNet-18 on COCO, 50 epochs, for cards of 12 GB: a sixth of the epochs of r18_coco.
 
-    torchrun --nproc_per_node 6 -m detr_fabric.train --preset r18_conditional_50e --data.root coco
+    torchrun --nproc_per_node 4 -m detr_fabric.train --preset r18_conditional_50e --data.root coco
 
 No AP is published for Conditional DETR with this backbone. A yardstick: DAB-DETR with ResNet-18 has 36.2 after 50
 epochs (arXiv 2211.08071). Not run here yet (write AP and the W&B run here).

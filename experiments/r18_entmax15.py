@@ -1,6 +1,6 @@
 """ResNet-18 DETR with 1.5-entmax in every attention block, on COCO.
 
-    torchrun --nproc_per_node 3 -m detr_fabric.train --preset r18_entmax15 --data.root coco
+    torchrun --nproc_per_node 2 -m detr_fabric.train --preset r18_entmax15 --data.root coco
 
 Compare with r18_coco. Not run here yet (write AP and the W&B run here).
 """

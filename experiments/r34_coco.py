@@ -1,6 +1,6 @@
 """DETR with ResNet-34 on COCO, 300 epochs.
 
-    torchrun --nproc_per_node 3 -m detr_fabric.train --preset r34_coco --data.root coco
+    torchrun --nproc_per_node 4 -m detr_fabric.train --preset r34_coco --data.root coco
 
 No AP is published for plain DETR with this backbone. Not run here yet (write AP and the W&B run here).
 """
