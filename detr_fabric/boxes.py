@@ -43,6 +43,6 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _area_between(low: Tensor, high: Tensor) -> Tensor:
-    """Area (...) of the boxes with these corners (..., 2); 0 where they overlap in no point."""
+    """Area (...) of the boxes between these corners (..., 2); 0 where high does not lie above low in both."""
     width, height = (high - low).clamp(min=0).unbind(-1)
     return width * height  # prod's backward pass would make the host wait for a GPU

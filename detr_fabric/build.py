@@ -73,7 +73,9 @@ def setup(cfg: Config, preemption: Preemption) -> Run:
         load_model_state(model, checkpoint.content["model"], str(checkpoint.path))
         state = restore_state(checkpoint, cfg, train_set.annotations, train_loader, said)
     position = state.epoch * epoch_steps + state.step_in_epoch  # in steps of this run's size
-    total_steps = train.max_steps or state.step + train.epochs * epoch_steps - position
+    earlier = 0 if train.max_steps else state.step - position  # steps of another size count as they were taken
+    total_steps = planned + earlier
+    softmax_steps = max(0, round(cfg.attn.softmax_first * planned) + earlier) if cfg.attn.softmax_first else 0
     if state.step >= total_steps and state.evaluated == state.step:
         raise UserError(f"{folder}: all {state.step} steps are done, nothing is left; raise --train.epochs")
 
@@ -102,12 +104,13 @@ def setup(cfg: Config, preemption: Preemption) -> Run:
         lock=lock,
         state=state,
         total_steps=total_steps,
-        softmax_steps=round((cfg.attn.softmax_first or 0.0) * planned),
+        softmax_steps=softmax_steps,
         preemption=preemption,
         notes=said,
         ema=ema,
     )
-    if fabric.device.type == "cuda" if train.preflight is None else train.preflight:
+    wanted = fabric.device.type == "cuda" if train.preflight is None else train.preflight
+    if wanted:
         said.append(preflight(run))
     settle_reduction_order(fabric, model)
     return run

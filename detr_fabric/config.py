@@ -18,7 +18,7 @@ TF32 = Literal["never", "convolutions", "everywhere"]
 Weights = Literal["raw", "ema"]
 
 SPARSE = {"sparsemax", "entmax15", "entmax", "entmax-learned", "tvmax"}  # they need softmax first, from scratch
-LARGEST = 10_000  # pixels: of no use, and a larger side would only fill the memory
+LARGEST = 10_000  # pixels: a larger side is of no use and would only fill the memory
 ALPHAS = (0.2, 4.0)  # exponents that entmax is computed for
 COCO_SCALES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 
@@ -73,7 +73,7 @@ class DataConfig:
     scales: tuple[int, ...] | None = None
     """Shorter sides (pixels) drawn in training; evaluation uses the last. Unset: the data's own (COCO: 480..800)."""
     max_size: int | None = None
-    """Longest side (pixels) after resizing. Unset: the data's own (COCO: 1333)."""
+    """Longest side (pixels) after resizing; only very flat images exceed it. Unset: the data's own (COCO: 1333)."""
     augment: str = free("original")  # not its name: a checkpoint holds a digest of the file's content
     """How training images are changed before they are resized: original, by flip and crop, or FILE.py, by its function
     augment(image, target) instead of both; see experiments/augment_example.py."""
@@ -203,7 +203,8 @@ class ModelConfig:
     pre_norm: bool = False
     """Layer norm before each block instead of after it."""
     gradient_checkpointing: bool = free(False)
-    """Recompute backbone stages and transformer layers in the backward pass: less memory, more time, same gradients."""
+    """Recompute transformer layers, and backbone stages with frozen norms, in the backward pass: the same gradients,
+    with less memory and more time."""
 
     def __post_init__(self) -> None:
         _at_least(1, "model", self, "hidden_dim", "heads", "dec_layers", "dim_feedforward", "num_queries")
@@ -219,8 +220,6 @@ class ModelConfig:
         )
         absent = [part for part in self.freeze or () if part.startswith("layer") and part > self.last_stage]
         _require(not absent, f"model.freeze names {absent}, but the backbone ends with {self.last_stage}")
-        everything = {"backbone", "input-proj", "encoder", "decoder", "heads"}
-        _require(not everything <= set(self.freeze or ()), "model.freeze names every part: leave one to be trained")
 
 
 @dataclass(frozen=True)
@@ -245,7 +244,7 @@ class AttnConfig:
     """How strongly tvmax draws the weights of neighbouring cells together; 0: sparsemax. A stronger one is slower."""
     softmax_first: float | None = None
     """Fraction of the planned steps that train with softmax before the mapping takes over; evaluation always uses the
-    mapping. Unset: 0.5 for entmax of every kind when trained from scratch, which it needs to learn; else 0."""
+    mapping. Unset: 0.5 for sparsemax, tvmax and every entmax when trained from scratch, which they need; else 0."""
     recompute: bool | None = free(None)
     """Keep no attention weights for the backward pass, which computes them again: sparse attention then needs no more
     memory than softmax, and takes 1.4 to 2 times as long (on a CPU). Unset: on a GPU."""
@@ -369,7 +368,8 @@ class TrainConfig:
     batch_size: int = 2
     """Images per rank and forward pass."""
     accumulate: int = 1
-    """Forward passes per optimizer step. The gradient is exactly that of one large batch."""
+    """Forward passes per optimizer step. The gradient is exactly that of one large batch (but trained batch norm takes
+    its statistics from each forward pass)."""
     precision: Precision | None = None
     """Arithmetic. Unset: bf16-mixed on a GPU that has it, else 32-true."""
     tf32: TF32 = "convolutions"

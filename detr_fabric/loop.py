@@ -1,7 +1,4 @@
-"""The training loop, top to bottom: fit → train_epoch → training_step → update, then finish_epoch.
-
-Shapes: L decoder layers, B batch, Q queries, C classes.
-"""
+"""The training loop, top to bottom: fit → train_epoch → training_step → update, then finish_epoch."""
 
 from __future__ import annotations
 
@@ -56,7 +53,7 @@ def train_epoch(run: Run, recorder: Recorder, saver: Saver) -> None:
     meter = Meter(loader.global_batch)
     run.model.train()
     steps = loader.epoch(state.epoch, skip=state.step_in_epoch)
-    for micro_batches in meter.waiting(islice(steps, run.total_steps - state.step)):
+    for micro_batches in meter.waiting(islice(steps, max(0, run.total_steps - state.step))):
         # A single training step.
         with within_memory(cfg, run.fabric.device, micro_batches, state.step + 1):
             step = training_step(run, micro_batches)

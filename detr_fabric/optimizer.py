@@ -9,6 +9,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from detr_fabric.config import OptimConfig
+from detr_fabric.errors import UserError
 from detr_fabric.model.mappings import is_learned_by_a_mapping
 
 
@@ -23,7 +24,8 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, fused: bool = True) ->
             learned = is_learned_by_a_mapping(name)
             groups["alpha" if learned else "backbone" if "backbone" in name else "transformer"].append(p)
     lr = {"transformer": optim.lr, "backbone": optim.lr_backbone, "alpha": optim.alpha_lr_factor * optim.lr}
-    assert sum(map(len, groups.values())) == sum(p.requires_grad for p in model.parameters())
+    if not any(groups.values()):
+        raise UserError("model.freeze names every part: leave one to be trained")
     return AdamW(
         [
             {
@@ -49,17 +51,14 @@ def build_scheduler(optimizer: AdamW, optim: OptimConfig, steps_per_epoch: int, 
         peak = max(1, round(optim.warmup * total_steps))
         return min((step + 1) / peak, max(0.0, (total_steps - step) / max(1, total_steps - peak)))
 
-    def constant(step: int) -> float:
-        return rise(step)
-
     def rise(step: int) -> float:
         return min(1.0, (step + 1) / (optim.warmup_steps + 1))
 
-    schedule: Callable[[int], float] = {"step": step_drop, "one-cycle": one_cycle, "constant": constant}[optim.schedule]
+    schedule: Callable[[int], float] = {"step": step_drop, "one-cycle": one_cycle, "constant": rise}[optim.schedule]
     return LambdaLR(
         optimizer,
         [
-            constant if group["name"] == "alpha" and not optim.alpha_lr_drop else schedule
+            rise if group["name"] == "alpha" and not optim.alpha_lr_drop else schedule
             for group in optimizer.param_groups
         ],
     )

@@ -5,6 +5,7 @@ B images in a batch, H x W pixels with padding, h x w without; N objects in an i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -51,6 +52,12 @@ def pad_images(images: list[Tensor], multiple: int = 1) -> ImageBatch:
     return batch
 
 
+def padded_size(sizes: Iterable[Size], multiple: int = 1) -> Size:
+    """The size to which these images are padded together; both sides are multiples of `multiple`."""
+    height, width = (-(-max(sides) // multiple) * multiple for sides in zip(*sizes, strict=True))
+    return height, width
+
+
 def allocate_batch(
     sizes: list[Size],
     multiple: int = 1,
@@ -58,7 +65,7 @@ def allocate_batch(
     layout: torch.memory_format = torch.channels_last,
 ) -> tuple[ImageBatch, list[Tensor]]:
     """A batch in which only the padding is written yet, and for each image the (3, h, w) view that it must fill."""
-    height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes, strict=True))
+    height, width = padded_size(sizes, multiple)
     batch = torch.empty(len(sizes), 3, height, width, dtype=dtype, memory_format=layout)
     mask = torch.zeros(len(sizes), height, width, dtype=torch.bool)
     views = []

@@ -106,8 +106,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return image, torch.from_numpy(boxes[keep]), torch.from_numpy(self.annotations.labels[objects][usable][keep])
 
     def size(self, key: SampleKey) -> Size:
-        """Size of the sample after its transform, without reading the file; (0, 0) if the annotations don't give it. A
-        function of one's own (`augment`) may have changed the shape before, which only decides what is grouped."""
+        """Size of the sample after its transform, without reading the file; (0, 0) if the annotations don't give it.
+        What a function of one's own (`augment`) changes is not seen here: sizes only decide what is grouped."""
         height, width = self.annotations.sizes[key[1]].tolist()
         return self.transform.plan(height, width, self._rng(key)).size if height and width else (0, 0)
 

@@ -45,7 +45,7 @@ class TrainLoader:
         if one exceeds --data.max-batch-pixels. Starting another epoch ends this one."""
         num_images, seed, sizes = len(self.dataset), self.dataset.seed, None
         if self.data.group_by_shape:
-            sizes = {index: self.dataset.size((epoch, index)) for index in range(num_images)}
+            sizes = [self.dataset.size((epoch, index)) for index in range(num_images)]
         steps = step_batches(num_images, seed, epoch, self.batch_size, self.accumulate, self.shard, skip, sizes)
         batches = self.workers.read([keys for step in steps for keys in step])
         for _ in steps:
@@ -65,7 +65,7 @@ class EvalLoader:
         self.dataset = dataset
         order = list(range(len(dataset)))
         if batch_size > 1:
-            order.sort(key=lambda index: dataset.size((0, index)))  # one side is nearly always the same
+            order.sort(key=lambda index: dataset.size((0, index)))  # once resized, one side is nearly always the same
         self.order = [[(0, index) for index in batch] for batch in eval_batches(order, batch_size, shard)]
         load = partial(load_batch, dataset, pad_multiple=data.pad_multiple)
         self.workers = Workers(load, dataset.annotations.image_ids, data.workers, pin)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image
 
+from detr_fabric.data.transforms import crop_region, size_of
 from detr_fabric.errors import UserError
 from detr_fabric.presets import run_file
 
@@ -74,10 +75,7 @@ class OwnAugment:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             reason = " ".join(str(error).split())[:500]
             raise UserError(f"{self.source}: augment on image {image_id!r}: {kind}{reason}") from error
-        height, width = image.shape[1:]
-        boxes = torch.minimum(boxes, boxes.new_tensor([width, height, width, height])).clamp(min=0)
-        keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        return image, boxes[keep], labels[keep]
+        return crop_region(image, boxes, labels, (0, 0, *size_of(image)))
 
     def _checked(self, returned: object) -> tuple[Tensor, Tensor, Tensor]:
         """What the function returned, as plain tensors with boxes as xyxy. Raises UserError unless it makes sense."""

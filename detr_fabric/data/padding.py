@@ -6,10 +6,10 @@ Sizes are those after the transform, (0, 0) if unknown before reading the file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from detr_fabric.data.batch import Size
+from detr_fabric.data.batch import Size, padded_size
 
 
 def bucket_key(size: Size) -> tuple[float, int]:
@@ -17,12 +17,6 @@ def bucket_key(size: Size) -> tuple[float, int]:
     unknown sizes come first. Aspect ratio alone leaves twice the padding, because training draws each image's scale."""
     height, width = size
     return (round(2 * math.log2(width / height)), height * width) if height and width else (-math.inf, 0)
-
-
-def padded_size(sizes: Iterable[Size], multiple: int = 1) -> Size:
-    """The size to which these images are padded together; both sides are multiples of `multiple`."""
-    heights, widths = zip(*sizes, strict=True)
-    return math.ceil(max(heights) / multiple) * multiple, math.ceil(max(widths) / multiple) * multiple
 
 
 def pixels(sizes: Sequence[Size], multiple: int = 1) -> int:
@@ -48,18 +42,18 @@ def split_batch(sizes: Sequence[Size], max_pixels: int | None, multiple: int = 1
     return parts
 
 
-class Padding(NamedTuple):
+class PaddingShare(NamedTuple):
     """How much of a set of batches is padding."""
 
     share: float  # of all pixels
     split: float  # share of the batches that split_batch divides
 
 
-def padding_of(batches: Sequence[Sequence[Size]], max_pixels: int | None = None, multiple: int = 1) -> Padding:
+def padding_of(batches: Sequence[Sequence[Size]], max_pixels: int | None = None, multiple: int = 1) -> PaddingShare:
     """The padding of batches of images of these sizes, each divided by split_batch."""
     splits = [split_batch(sizes, max_pixels, multiple) for sizes in batches]
     parts = [[sizes[p] for p in part] for sizes, split in zip(batches, splits, strict=True) for part in split]
     used = sum(height * width for sizes in batches for height, width in sizes)
     total = sum(pixels(part, multiple) for part in parts)
     divided = sum(len(split) > 1 for split in splits)
-    return Padding(1 - used / max(1, total), divided / max(1, len(batches)))
+    return PaddingShare(1 - used / max(1, total), divided / max(1, len(batches)))

@@ -7,7 +7,7 @@ import random
 import numpy as np
 
 from detr_fabric.data.loader import TrainLoader
-from detr_fabric.data.padding import Padding, padding_of
+from detr_fabric.data.padding import PaddingShare, padding_of
 from detr_fabric.data.sampler import epoch_order, group_by_shape
 
 ESTIMATED = 4096  # images from which the share of padding is estimated
@@ -32,7 +32,7 @@ def padding_summary(loader: TrainLoader) -> str:
     )
 
 
-def estimate_padding(loader: TrainLoader, grouped: bool) -> Padding | None:
+def estimate_padding(loader: TrainLoader, grouped: bool) -> PaddingShare | None:
     """The padding of the first epoch, grouped by shape or not, from up to ESTIMATED images without reading their files.
     None if the annotations give fewer than half of the sizes."""
     dataset, batch_size, data = loader.dataset, loader.batch_size, loader.data
@@ -43,7 +43,7 @@ def estimate_padding(loader: TrainLoader, grouped: bool) -> Padding | None:
     global_batch = min(loader.global_batch, len(sizes))
     order = epoch_order(len(sizes), dataset.seed, 0)[: len(sizes) // global_batch * global_batch]
     if grouped:
-        order = group_by_shape(order, dict(enumerate(sizes)), global_batch, random.Random(dataset.seed))
+        order = group_by_shape(order, sizes, global_batch, random.Random(dataset.seed))
     batches = [
         [sizes[index] for index in order[start : start + batch_size]] for start in range(0, len(order), batch_size)
     ]

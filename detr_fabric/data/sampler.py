@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from detr_fabric.data.batch import Size
@@ -56,7 +56,7 @@ def step_batches(
     accumulate: int,
     shard: Shard,
     skip: int = 0,
-    sizes: Mapping[int, Size] | None = None,
+    sizes: Sequence[Size] | None = None,
 ) -> list[list[list[SampleKey]]]:
     """This rank's samples of one epoch, without the first `skip` steps: [step][micro-batch][image].
 
@@ -83,7 +83,7 @@ def step_batches(
     return batches
 
 
-def group_by_shape(order: list[int], sizes: Mapping[int, Size], global_batch: int, rng: random.Random) -> list[int]:
+def group_by_shape(order: list[int], sizes: Sequence[Size], global_batch: int, rng: random.Random) -> list[int]:
     """The same images reordered: each window is sorted by shape and cut into groups, and every global batch takes some
     groups at random. Depends on the size of the global batch only, not on how ranks and micro-batches divide it."""
     window = max(1, WINDOW // global_batch) * global_batch

@@ -92,7 +92,8 @@ def hflip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def resized_size(height: int, width: int, size: int, max_size: int | None) -> Size:
-    """The original's rule: shorter side = size, longer side at most max_size, rounded down."""
+    """The original's rule: shorter side = size, or less where the longer one would exceed max_size; rounded down. The
+    shorter side is rounded first, so a very flat image exceeds it: 2000 × 100 becomes 1340 × 67 at 1333."""
     short, long = min(height, width), max(height, width)
     if max_size is not None and long / short * size > max_size:
         size = max(1, round(max_size * short / long))
@@ -115,7 +116,7 @@ def resize(image: Tensor, size: Size, out: Tensor | None = None) -> Tensor:
         assert result.ctypes.data == target.ctypes.data, "OpenCV did not write into the given memory"
         return resized
     else:
-        pixels = image[None].contiguous(memory_format=torch.channels_last)  # no copy, except of crops: faster so
+        pixels = image[None].contiguous(memory_format=torch.channels_last)  # copies only crops; faster so
         resized = interpolate(pixels, size, mode="bilinear", antialias=True)[0]
     return resized if out is None else out.copy_(resized)
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from detr_fabric.evaluate.match import IOU, Matches, counted
+from detr_fabric.evaluate.match import IOU, DetectionMatches, counted
 
 TABLE = 12  # most classes of which a whole table is printed
 MOST = 8  # lines of each kind of mistake instead of it
 
 
-def confusion(matches: Matches, classes: int, threshold: float) -> np.ndarray:
+def confusion(matches: DetectionMatches, classes: int, threshold: float) -> np.ndarray:
     """(C+1, C+1) counts of [true, found]; the last row and column are the background: found where there is nothing,
     and missed.
 

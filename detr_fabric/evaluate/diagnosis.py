@@ -16,7 +16,7 @@ from hotcoco.metrics import calibration_curve, calibration_error
 from hotcoco.primitives import bbox_iou
 
 from detr_fabric.data.formats.categories import Categories
-from detr_fabric.evaluate.match import IOU, Matches, counted
+from detr_fabric.evaluate.match import IOU, DetectionMatches, counted
 from detr_fabric.terminal import decimal
 
 THRESHOLD = 0.5  # score of the detections among which duplicates are counted, unless another is named
@@ -43,7 +43,7 @@ class BestF1(NamedTuple):
     objects: int
 
 
-def diagnose(matches: Matches, categories: Categories, threshold: float = THRESHOLD) -> dict[str, Any]:
+def diagnose(matches: DetectionMatches, categories: Categories, threshold: float = THRESHOLD) -> dict[str, Any]:
     """The figures as JSON: {F1, F1_class, duplicates, calibration, tide}; threshold: that of `duplicates`.
 
     `F1` takes one threshold for all classes together. Classes without objects are absent from `F1_class`.
@@ -81,7 +81,7 @@ def best_f1(scores: np.ndarray, right: np.ndarray, objects: int) -> BestF1:
     return BestF1(float(f1[best]), float(scores[best]), found / (best + 1), found / objects, objects)
 
 
-def duplicates(matches: Matches, threshold: float) -> dict[str, float]:
+def duplicates(matches: DetectionMatches, threshold: float) -> dict[str, float]:
     """{pairs, detections, rate, threshold, iou}: pairs of detections of one class in one image whose IoU is 0.8 or
     more; rate = pairs / detections, of those that score `threshold` or more. Three on one spot are three pairs."""
     kept = matches.scores >= threshold
@@ -99,7 +99,7 @@ def duplicates(matches: Matches, threshold: float) -> dict[str, float]:
     }  # fmt: skip
 
 
-def calibration(matches: Matches) -> dict[str, Any]:
+def calibration(matches: DetectionMatches) -> dict[str, Any]:
     """{error, bins}: how far scores are from the share of detections that are right, at an IoU of 0.5.
 
     The expected calibration error (Guo et al., 2017, "On Calibration of Modern Neural Networks", equation 3), with
@@ -124,7 +124,7 @@ def calibration(matches: Matches) -> dict[str, Any]:
     }
 
 
-def tide(matches: Matches, classes: int) -> dict[str, Any]:
+def tide(matches: DetectionMatches, classes: int) -> dict[str, Any]:
     """{AP50, delta_AP50: {kind: gain}, counts: {kind: number}} of all scores: what each kind of error costs (Bolya et
     al., 2020, "TIDE: A General Toolbox for Identifying Object Detection Errors", sections 2.2 and 2.3).
 

@@ -26,7 +26,7 @@ class Objects(NamedTuple):
     labels: np.ndarray  # (N,) int64
 
 
-class Matches(NamedTuple):
+class DetectionMatches(NamedTuple):
     """Detections in the order of the images, those of an image in the model's order, and what each has found.
 
     Left out are crowds and the detections that COCO ignores: unmatched ones of which half lies in a crowd of their
@@ -54,7 +54,7 @@ class Matches(NamedTuple):
             yield slice(at[number], at[number + 1]), slice(there[number], there[number + 1])
 
 
-def counted(matches: Matches, classes: int) -> COCOeval:
+def counted(matches: DetectionMatches, classes: int) -> COCOeval:
     """hotcoco's evaluation, not run yet, of the detections and objects that count alone; categories are label + 1."""
     there = matches.there
     images = [{"id": number + 1} for number in range(matches.images)]
@@ -75,7 +75,7 @@ class Outcome(NamedTuple):
 
     right: int  # detections that match an object
     false: int  # those that match none
-    missed: np.ndarray  # the objects without a match, as indices of Matches.there
+    missed: np.ndarray  # the objects without a match, as indices of DetectionMatches.there
 
     @property
     def objects(self) -> int:
@@ -93,7 +93,9 @@ class Outcome(NamedTuple):
         return 2 * self.right / total if total else 1.0
 
 
-def match(annotations: Annotations, detections: Sequence[Detections], labels: frozenset[int] | None = None) -> Matches:
+def match(
+    annotations: Annotations, detections: Sequence[Detections], labels: frozenset[int] | None = None
+) -> DetectionMatches:
     """Matches the detections of each of the annotations' images, given in their order, with its objects.
 
     COCO's rule: by descending score, each detection takes the object of its class in its image that it overlaps most
@@ -120,12 +122,12 @@ def match(annotations: Annotations, detections: Sequence[Detections], labels: fr
     numbers, rows = np.full(len(annotations.labels) + 1, -1), rows[counts]
     numbers[ids] = np.arange(len(ids))
     found = np.where(partner[counts] < 0, -1, numbers[partner[counts]])
-    return Matches(
+    return DetectionMatches(
         rows[:, 0].astype(int) - 1, rows[:, 1:5], rows[:, 6].astype(int) - 1, rows[:, 5], found, there, len(annotations)
     )
 
 
-def outcomes(matches: Matches, threshold: float) -> list[Outcome]:
+def outcomes(matches: DetectionMatches, threshold: float) -> list[Outcome]:
     """How each image went."""
     counts, made = matches.scores >= threshold, []
     for at, there in matches.by_image():

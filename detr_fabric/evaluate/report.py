@@ -25,7 +25,7 @@ from detr_fabric.evaluate.coco import Detections
 from detr_fabric.evaluate.confusion import confusion, table
 from detr_fabric.evaluate.detect import Evaluation, evaluate
 from detr_fabric.evaluate.diagnosis import THRESHOLD, describe, diagnose
-from detr_fabric.evaluate.match import IOU, Matches, Outcome, match, outcomes
+from detr_fabric.evaluate.match import IOU, DetectionMatches, Outcome, match, outcomes
 from detr_fabric.evaluate.outputs import picture_panel, save_evaluation
 from detr_fabric.model.detr import DETROutput
 from detr_fabric.runtime.files import check_outputs, writing
@@ -101,7 +101,7 @@ def padding_check(alone: Evaluation, together: Evaluation, batch_size: int) -> d
     return {"batch_1": alone.stats, f"batch_{batch_size}": together.stats, "largest_difference": abs(change[largest])}
 
 
-def confusion_table(matches: Matches, categories: Categories, threshold: float) -> dict[str, Any]:
+def confusion_table(matches: DetectionMatches, categories: Categories, threshold: float) -> dict[str, Any]:
     """Prints the table; returns it for JSON."""
     counts = confusion(matches, categories.num_classes, threshold)
     labels = [*categories.labels.values()]  # without coco91's unused ones
@@ -116,7 +116,7 @@ def confusion_table(matches: Matches, categories: Categories, threshold: float) 
 def draw_worst(
     dataset: CocoDetection,
     detections: Sequence[Detections],
-    matches: Matches,
+    matches: DetectionMatches,
     threshold: float,
     count: int,
     path: Path,
@@ -139,7 +139,7 @@ def draw_worst(
     say(f"{path}: {shown}; solid: found, dashed: true, white: the name of what was missed")
 
 
-def _name_missed(picture: Picture, matches: Matches, missed: np.ndarray, size: Sequence[int]) -> Picture:
+def _name_missed(picture: Picture, matches: DetectionMatches, missed: np.ndarray, size: Sequence[int]) -> Picture:
     """size: height and width of the image's file."""
     boxes = box_convert(torch.from_numpy(matches.there.boxes[missed]), "xywh", "xyxy")
     scale = torch.tensor([picture.image.shape[-1] / size[1], picture.image.shape[-2] / size[0]]).repeat(2)

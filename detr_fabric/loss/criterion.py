@@ -1,10 +1,11 @@
 """The set criterion: match, then score classes and boxes (Carion et al. 2020, equation 2).
 
-Shapes: L decoder layers, B batch, Q queries, C classes, M matched pairs over all layers, P pairs of one layer.
+Shapes: L decoder layers, B batch, Q queries, C classes, P matched pairs of a layer.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ class Losses(NamedTuple):
 
     total: Tensor  # () weighted sum of the losses of all layers: what is minimised
     losses: dict[str, Tensor]  # unweighted, divided by the effective batch: over micro-batches they add up
-    metrics: dict[str, Tensor]  # means over the images of this batch, not trained on
+    metrics: dict[str, Tensor]  # means over this batch, not trained on
 
 
 class SetCriterion(nn.Module):
@@ -48,7 +49,7 @@ class SetCriterion(nn.Module):
 
     def weight(self, name: str) -> float:
         """Weight of a loss in the total, also of an auxiliary layer's (loss_ce_0)."""
-        return self.weights[name.rstrip("_0123456789")]
+        return self.weights[re.sub(r"_\d+$", "", name)]
 
     def normalizers(self, targets: Sequence[Target], num_queries: int) -> tuple[float, float]:
         """(num_boxes, class_weight_sum) of these images, by which box and class losses are divided.
@@ -92,7 +93,7 @@ class SetCriterion(nn.Module):
 
     def loss_labels(self, outputs: DETROutput, objects: PaddedTargets, matches: Matches) -> Tensor:
         """Weighted cross-entropy summed over images and queries, (L,); unmatched queries should say "no object"."""
-        logits = outputs.pred_logits.float()  # (L, B, Q, C+1)
+        logits = outputs.pred_logits.float()  # (L, B, Q, C+1), or C with focal loss
         classes = torch.full(logits.shape[:3], self.num_classes, device=logits.device)
         classes[matches.layer, matches.image, matches.query] = objects.labels[matches.image, matches.target]
         if self.focal:
@@ -150,8 +151,9 @@ def forward_backward(
     of NaN, whose average over ranks tells all of them.
     """
     batch, targets = micro_batch
-    outputs = model(*normalize(batch))  # pred_logits (L, B, Q, C+1), pred_boxes (L, B, Q, 4)
-    losses: Losses = criterion(outputs, targets, num_boxes=normalizers[0].clamp(min=1), class_weight_sum=normalizers[1])
+    num_boxes, class_weight_sum = normalizers
+    class_weight_sum = class_weight_sum + (class_weight_sum == 0)  # no object, and eos_coef 0: nothing is weighed
+    losses: Losses = criterion(model(*normalize(batch)), targets, num_boxes.clamp(min=1), class_weight_sum)
     backward(losses.total * (1 + 0 * losses.total.detach()))
     return losses._replace(total=losses.total.detach())
 

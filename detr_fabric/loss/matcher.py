@@ -45,7 +45,7 @@ def pad_targets(targets: list[Target]) -> PaddedTargets:
 
 
 class HungarianMatcher(nn.Module):
-    """Assigns queries to objects at the least total cost (Kuhn 1955, by scipy)."""
+    """Assigns queries to objects at the least total cost (linear assignment, by scipy)."""
 
     def __init__(
         self, cost_class: float = 1.0, cost_bbox: float = 5.0, cost_giou: float = 2.0, focal: bool = False
@@ -71,13 +71,13 @@ class HungarianMatcher(nn.Module):
 
     def cost(self, outputs: DETROutput, targets: PaddedTargets) -> Tensor:
         """Cost (L, B, Q, N) of matching each query with each object of its own image, float32."""
-        logits = outputs.pred_logits.float()  # (L, B, Q, C+1)
+        logits = outputs.pred_logits.float()  # (L, B, Q, C+1), or C with focal loss
         labels = targets.labels[None, :, None, :].expand(*logits.shape[:3], -1)
-        merit = -focal_cost(logits.gather(-1, labels)) if self.focal else logits.softmax(-1).gather(-1, labels)
+        class_cost = focal_cost(logits.gather(-1, labels)) if self.focal else -logits.softmax(-1).gather(-1, labels)
         boxes, objects = outputs.pred_boxes.float(), targets.boxes  # (L, B, Q, 4), (B, N, 4)
         distance = (_by_query(boxes) - _by_object(objects)).abs().sum(-1)
         giou = generalized_iou(_by_query(cxcywh_to_xyxy(boxes)), _by_object(cxcywh_to_xyxy(objects)))
-        return self.cost_bbox * distance - self.cost_class * merit - self.cost_giou * giou
+        return self.cost_bbox * distance + self.cost_class * class_cost - self.cost_giou * giou
 
 
 def _by_query(boxes: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         kernels = self.attn.fused and self.observer is None and agreed(q)
         alpha = fused_alpha(self.current(), self.attn, self.learned()) if kernels else None
-        if self._fused(q, dropout):
+        if self._uses_sdpa(q, dropout):
             heads = F.scaled_dot_product_attention(q, k, v, None if padding is None else padding.bias, dropout)
         elif alpha is not None:
             heads = entmax_attention(q, k, v, None if padding is None else padding.allowed, alpha, dropout)
@@ -131,7 +131,7 @@ class Attention(nn.Module):
         wanted = q.device.type == "cuda" if self.attn.recompute is None else self.attn.recompute
         return wanted and torch.is_grad_enabled() and self.observer is None
 
-    def _fused(self, q: Tensor, dropout: float) -> bool:
+    def _uses_sdpa(self, q: Tensor, dropout: float) -> bool:
         """Whether PyTorch's own kernel can be used and is fastest; the CPU's is slow with dropout at DETR's shapes."""
         return self.current() == "softmax" and self.observer is None and (q.device.type != "cpu" or dropout == 0)
 

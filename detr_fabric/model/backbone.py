@@ -1,6 +1,6 @@
 """The convolutional backbone: a torchvision ResNet that ends with a chosen stage, and DC5.
 
-Shapes: B batch, H×W image, h×w features (H/32 for layer4, H/16 with dilation).
+Shapes: B batch, H×W image, K channels and h×w of the features (H/32 for layer4, H/16 with dilation).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Backbone(nn.Module):
         self.recomputed = STAGES if gradient_checkpointing and frozen_norm else ()
 
     def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """images (B, 3, H, W), mask (B, H, W) True on padding → features (B, C, h, w), mask (B, h, w)."""
+        """images (B, 3, H, W), mask (B, H, W) True on padding → features (B, K, h, w), mask (B, h, w)."""
         set_scales_and_shifts(self.folded, images.dtype)
         x = images
         for name, part in self.body.named_children():

@@ -14,7 +14,6 @@ Shapes: B batch, S = h·w image tokens, Q queries, D width, H heads, L decoder l
 
 from __future__ import annotations
 
-import math
 from typing import cast
 
 import torch
@@ -24,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from detr_fabric.config import AttnConfig, ModelConfig
 from detr_fabric.model.detr import DETR, MLP
 from detr_fabric.model.padding import Padding
+from detr_fabric.model.position import sines
 from detr_fabric.model.transformer import Layer, attention
 
 REFERENCE = "transformer.decoder.ref_point_head.layers.0.weight"  # in the state dict: the decoder is conditional
@@ -99,7 +99,7 @@ class ConditionalDecoder(nn.Module):
         self, tgt: Tensor, memory: Tensor, padding: Padding, pos: Tensor, query_pos: Tensor, recompute: bool
     ) -> Tensor:
         """As Decoder.forward. Returns the normed output of every layer, (L, B, Q, D)."""
-        encoded = encode_points(self.reference(query_pos).sigmoid(), query_pos.shape[-1])  # PE(s), (B, Q, D)
+        encoded = sines(self.reference(query_pos).sigmoid().flip(-1), query_pos.shape[-1])  # PE(s), (B, Q, D)
         hs: list[Tensor] = []
         for layer in self.layers:
             spatial = encoded if not hs or self.query_scale is None else self.query_scale(tgt) * encoded
@@ -125,11 +125,3 @@ def start_at_reference_points(box_head: MLP) -> None:
     last = cast(nn.Linear, box_head.layers[-1])
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-
-
-def encode_points(points: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
-    """Points (..., 2), x and y in [0, 1] of the image, as SinePosition encodes those of features → (..., dim)."""
-    half = dim // 2
-    channel = torch.arange(0, half, 2, dtype=torch.float32, device=points.device)
-    angles = points.flip(-1)[..., None] * (2 * math.pi) / temperature ** (channel / half)  # of y, then x: (..., 2, D/4)
-    return torch.stack((angles.sin(), angles.cos()), -1).flatten(-3)

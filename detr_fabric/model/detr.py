@@ -71,7 +71,7 @@ class DETR(nn.Module):
         pos = position(mask).to(features.dtype)
         src = self.input_proj(features)  # (B, D, h, w)
         src, pos = (x.flatten(2).transpose(1, 2) for x in (src, pos))  # (B, h·w, D)
-        hs, _ = self.transformer(src, mask, self.query_embed.weight, pos)  # (L, B, Q, D)
+        hs = self.transformer(src, mask, self.query_embed.weight, pos)  # (L, B, Q, D)
         with torch.autocast(hs.device.type, enabled=False):  # the heads compute in float32, also in mixed precision
             hs = hs.to(self.class_embed.weight.dtype)
             return DETROutput(self.class_embed(hs), self.boxes(hs))
@@ -83,12 +83,13 @@ class DETR(nn.Module):
 
 
 def class_scores(logits: Tensor, focal: bool) -> Tensor:
-    """Probabilities (..., C) of the classes, of which focal loss trains each by itself and knows no "no object"."""
+    """Class probabilities (..., C): a softmax over C and "no object", or with focal loss a sigmoid of each class."""
     return logits.sigmoid() if focal else logits.softmax(-1)[..., :-1]
 
 
 def post_process(logits: Tensor, boxes: Tensor, sizes: Tensor, focal: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Turns predictions into detections. logits (B, Q, C+1), boxes (B, Q, 4), sizes (B, 2): height and width.
+    """Turns predictions into detections. logits (B, Q, C+1), or C with focal loss; boxes
+    (B, Q, 4); sizes (B, 2): height and width.
 
     Returns scores (B, Q) and labels (B, Q) of the best class but "no object", and boxes (B, Q, 4) xyxy in pixels.
     """

@@ -2,7 +2,7 @@
 
 Shapes: B batch, H heads, T queries, S keys. Every function takes scores (..., S) and returns weights of the same shape
 and dtype, computed in float32 (float64 stays float64). A score of -inf forbids its key: the weight is exactly 0. A row
-that forbids every key is all 0.
+that forbids every key is all 0 (softmax is PyTorch's and gives NaN there; Padding leaves no such row).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Learned(NamedTuple):
     name: str  # in logs and tables
     parameter: str  # in the state dict
     start: Callable[[AttnConfig], float]  # the parameter's initial value
-    number: Callable[[Tensor, AttnConfig], Tensor]  # the parameter (H,), without bounds → the number (H,), perhaps with
+    number: Callable[[Tensor, AttnConfig], Tensor]  # the parameter (H,), unbounded → the number (H,) it stands for
 
 
 class Definition(NamedTuple):

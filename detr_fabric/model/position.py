@@ -16,23 +16,26 @@ from detr_fabric.errors import UserError
 class SinePosition(nn.Module):
     """Sines and cosines of the position within the unpadded image (Carion et al. 2020, A.4; Parmar et al. 2018)."""
 
-    def __init__(self, dim: int = 256, temperature: float = 10000.0) -> None:
+    def __init__(self, dim: int = 256) -> None:
         super().__init__()
-        self.dim, self.temperature = dim, temperature
+        self.dim = dim
 
     def forward(self, mask: Tensor) -> Tensor:
         """mask (B, h, w), True on padding → (B, D, h, w): D/2 channels of y, then D/2 of x."""
         inside = ~mask
         y = inside.cumsum(1).float()  # integers: cumsum of floats has no deterministic algorithm on a GPU
         x = inside.cumsum(2).float()
-        y = y / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
-        x = x / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
-        half = self.dim // 2
-        channel = torch.arange(0, half, 2, dtype=torch.float32, device=mask.device)  # a sine, and the cosine after it
-        period = self.temperature ** (channel / half)
-        angles = [position[..., None] / period for position in (y, x)]  # each (B, h, w, D/4)
-        waves = [torch.stack((angle.sin(), angle.cos()), -1).flatten(3) for angle in angles]
-        return torch.cat(waves, -1).permute(0, 3, 1, 2)
+        y = y / (y[:, -1:, :] + 1e-6)
+        x = x / (x[:, :, -1:] + 1e-6)
+        return sines(torch.stack((y, x), -1), self.dim).permute(0, 3, 1, 2)
+
+
+def sines(points: Tensor, dim: int) -> Tensor:
+    """Points (..., 2), y and x in [0, 1] of the image → (..., D): sines and cosines in turn, D/2 of y, then of x."""
+    half = dim // 2
+    channel = torch.arange(0, half, 2, dtype=torch.float32, device=points.device)
+    angles = points[..., None] * (2 * math.pi) / 10000 ** (channel / half)  # (..., 2, D/4)
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(-3)
 
 
 class LearnedPosition(nn.Module):

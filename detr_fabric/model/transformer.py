@@ -132,14 +132,15 @@ class Transformer(nn.Module):
             if p.dim() > 1:
                 nn.init.xavier_uniform_(p)
 
-    def forward(self, src: Tensor, mask: Tensor, query_embed: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """src, pos (B, S, D), mask (B, h, w) True on padding, query_embed (Q, D) → hs (L, B, Q, D) and memory."""
+    def forward(self, src: Tensor, mask: Tensor, query_embed: Tensor, pos: Tensor) -> Tensor:
+        """src, pos (B, S, D), mask (B, h, w) True on padding, query_embed (Q, D) → hs (L, B, Q, D)."""
         recompute = self.gradient_checkpointing and self.training
         padding = Padding.of(mask, src.dtype)
         memory = self.encoder(src, padding, pos, recompute)
         query_pos = query_embed.expand(src.shape[0], -1, -1)
         tgt = torch.zeros_like(query_pos)
-        return self.decoder(tgt, memory, padding, pos, query_pos, recompute), memory
+        hs: Tensor = self.decoder(tgt, memory, padding, pos, query_pos, recompute)
+        return hs
 
 
 def attention(model: ModelConfig, attn: AttnConfig, mapping: CrossMapping | None) -> Attention:

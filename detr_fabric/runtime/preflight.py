@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from detr_fabric.config import DataConfig
-from detr_fabric.data.batch import ImageBatch, Size, Target
-from detr_fabric.data.padding import padded_size
+from detr_fabric.data.batch import ImageBatch, Size, Target, padded_size
 from detr_fabric.data.transforms import CROP_SIDES, resized_size
 from detr_fabric.errors import UserError
 from detr_fabric.loss.criterion import forward_backward

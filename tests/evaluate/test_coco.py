@@ -137,13 +137,6 @@ def test_ground_truth_without_objects_scores_minus_one(backend: Backend) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_image_that_sharding_repeats_counts_once_and_the_first_wins(backend: Backend) -> None:
-    worse = PERFECT[0]._replace(boxes=torch.tensor([[60.0, 60, 70, 70]]), scores=torch.tensor([0.95]))
-    assert score(TWO_OBJECTS, ["a", "b"], [*PERFECT, worse], backend).stats["AP"] == pytest.approx(1.0)
-    assert score(TWO_OBJECTS, ["a", "b"], [worse, *PERFECT], backend).stats["AP"] == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_labels_without_a_category_are_dropped(backend: Backend) -> None:
     extra = PERFECT[0]._replace(
         scores=torch.tensor([0.99, 0.9]), labels=torch.tensor([90, 0]), boxes=PERFECT[0].boxes.repeat(2, 1)

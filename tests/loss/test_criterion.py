@@ -14,8 +14,8 @@ from torch import Tensor
 
 from detr_fabric.boxes import cxcywh_to_xyxy, generalized_iou, iou_and_union, xyxy_to_cxcywh
 from detr_fabric.config import LossConfig
-from detr_fabric.data.batch import Target
-from detr_fabric.loss.criterion import SetCriterion, add_losses
+from detr_fabric.data.batch import ImageBatch, Target
+from detr_fabric.loss.criterion import SetCriterion, add_losses, forward_backward
 from detr_fabric.loss.matcher import HungarianMatcher, pad_targets
 from detr_fabric.model.detr import DETROutput
 
@@ -148,6 +148,21 @@ def test_losses_of_micro_batches_add_up_and_metrics_are_averaged_by_image_count(
     errors = [part.metrics["class_error"].item() for part in parts]
     assert errors[0] != errors[1]
     assert added.metrics["class_error"].item() == pytest.approx(errors[0] / 4 + errors[1] * 3 / 4, rel=1e-5)
+
+
+def test_images_without_objects_and_without_a_weight_for_no_object_teach_nothing() -> None:
+    outputs, targets = random_case([0, 0])
+    criterion = SetCriterion(CLASSES, LossConfig(eos_coef=0.0))
+    normalizers = torch.tensor(criterion.normalizers(targets, 7))
+    batch = ImageBatch(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.bool))
+    losses = forward_backward(lambda *_: outputs, criterion, (batch, targets), normalizers, Tensor.backward)
+    assert losses.total == 0 and not outputs.pred_logits.grad.any() and not outputs.pred_boxes.grad.any()
+
+
+def test_the_weight_of_a_loss_goes_by_its_name_without_the_layer() -> None:
+    criterion = SetCriterion(CLASSES, LossConfig(ce_coef=3.0))
+    criterion.weights["loss_l1"] = 2.0  # whose own number is no layer's
+    assert [criterion.weight(name) for name in ("loss_ce", "loss_ce_10", "loss_l1", "loss_l1_0")] == [3, 3, 2, 2]
 
 
 def test_without_auxiliary_losses_only_the_last_layer_is_trained() -> None:

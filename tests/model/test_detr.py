@@ -130,11 +130,11 @@ def test_an_image_is_seen_the_same_alone_and_inside_a_padded_batch_of_equal_feat
             return x.flatten(2).transpose(1, 2)
 
         src = model.input_proj(features)
-        hs, _ = model.transformer(tokens(src), mask.flatten(1), queries, tokens(positions))
+        hs = model.transformer(tokens(src), mask.flatten(1), queries, tokens(positions))
         wide = torch.randn(*src.shape[:2], 3, 5)
         wide[..., :2, :3] = src
         pos = model.backbone[1](padded_mask)
-        padded_hs, _ = model.transformer(tokens(wide), padded_mask.flatten(1), queries, tokens(pos))
+        padded_hs = model.transformer(tokens(wide), padded_mask.flatten(1), queries, tokens(pos))
     torch.testing.assert_close(padded_hs, hs, rtol=1e-4, atol=1e-5)
 
 

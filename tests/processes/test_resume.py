@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 
 from tests import faults
-from tests.commands import debug_job, records, steps
+from tests.commands import Job, debug_job, records, steps
 from tests.same_runs import assert_same_run
 
 pytestmark = pytest.mark.faults
+
+
+def stop_after(folder: Path, step: int, job: Job) -> None:
+    """Asks a run that is held before this step to stop, which it does after it."""
+    job.wait_until(faults.held(folder, step))
+    job.signal(signal.SIGTERM)
+    faults.release(folder, step)
+    assert job.wait() == [75], job.text()
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_dead(folder: Path) -> None:
@@ -42,6 +50,13 @@ def test_settings_that_change_the_result_are_refused_unless_allowed(folder: Path
     assert rates == [0.0001, 0.0001, 0.01, 0.01]
     other = debug_job(folder, "settings", "--data.shapes-train", "72", "--train.max-steps", "4")
     assert other.wait() == [2] and "the training data have changed" in other.text()
+
+
+def test_a_run_that_is_already_past_a_new_end_is_evaluated_and_done(folder: Path) -> None:
+    stop_after(folder, 5, debug_job(folder, "past", target=partial(faults.hold, 5)))
+    done = debug_job(folder, "past", "--train.max-steps", "3")
+    assert done.wait() == [0], done.text()
+    assert [record["step"] for record in records(folder / "past") if "val/AP" in record] == [5]
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_epochs(folder: Path) -> None:
@@ -94,3 +109,13 @@ def test_two_ranks_switch_from_softmax_with_learned_alphas(folder: Path) -> None
     assert done.wait() == [0, 0], done.text()
     alphas = [r["alpha/decoder_cross/layer0"] for r in records(folder / "switch-ranks") if "grad_norm" in r]
     assert alphas[0] == alphas[1] == 1.5 and alphas[2] != 1.5
+
+
+def test_with_other_batches_softmax_ends_after_the_same_part_of_the_epochs(folder: Path) -> None:
+    args = ("--attn.kind", "sparsemax", "--train.epochs", "4")
+    stopped = debug_job(folder, "switch-batches", *args, target=partial(faults.hold, 9))
+    stop_after(folder, 9, stopped)
+    assert "softmax up to step 16, then sparsemax" in stopped.text()
+    larger = debug_job(folder, "switch-batches", *args, "--train.batch-size", "16", "--train.allow-config-change")
+    assert larger.wait() == [0], larger.text()
+    assert "softmax up to step 13, then sparsemax" in larger.text()  # 9 steps of 8 images, then an epoch of 4 steps

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from detr_fabric.config import AttnConfig, Config, ModelConfig
+from detr_fabric.config import AttnConfig, Config, ModelConfig, OptimConfig
 from detr_fabric.data.formats.categories import Categories
 from detr_fabric.data.formats.coco_classes import COCO_CLASSES
 from detr_fabric.errors import UserError
@@ -326,8 +326,10 @@ def test_a_step_moves_no_frozen_part_and_all_others() -> None:
         for part, prefix in prefixes.items():
             moved = {not torch.equal(before[name], after[name]) for name in before if name.startswith(prefix)}
             assert moved == {False} if part in freeze else True in moved, (freeze, part)
-    with pytest.raises(ValueError, match="names every part"):
-        ModelConfig(freeze=("backbone", "input-proj", "encoder", "decoder", "heads"))
+    for backbone in (("backbone",), ("stem", "layer1")):
+        everything = small_detr(freeze=(*backbone, "input-proj", "encoder", "decoder", "heads"))
+        with pytest.raises(UserError, match="names every part: leave one to be trained"):
+            build_optimizer(everything, OptimConfig())
 
 
 @pytest.mark.process
