@@ -41,6 +41,6 @@ study = Study(
         for name, config in settings.items()
         for kind in KINDS
     }
-    | {"sparsemax-256-keys-late": replace(settings["256-keys"], attn=late)},
+    | {f"sparsemax-{name}-late": replace(settings[name], attn=late) for name in ("256-keys", "post-norm")},
     seeds=(42, 43),
 )

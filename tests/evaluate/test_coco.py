@@ -137,6 +137,13 @@ def test_ground_truth_without_objects_scores_minus_one(backend: Backend) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_ground_truth_is_left_as_it_is(backend: Backend) -> None:
+    before = copy.deepcopy(TWO_OBJECTS)
+    score(TWO_OBJECTS, ["a", "b"], PERFECT, backend)
+    assert before == TWO_OBJECTS
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_labels_without_a_category_are_dropped(backend: Backend) -> None:
     extra = PERFECT[0]._replace(
         scores=torch.tensor([0.99, 0.9]), labels=torch.tensor([90, 0]), boxes=PERFECT[0].boxes.repeat(2, 1)

@@ -39,6 +39,14 @@ def test_they_are_the_highest_scores_of_all_pairs_in_order(most: int) -> None:
             assert corner.tolist() == pytest.approx(edges, rel=1e-5)
 
 
+def test_a_single_class_is_enough() -> None:
+    scores, labels, _, queries = top_detections(
+        torch.tensor([[[0.0], [2.0]]]), torch.rand(1, 2, 4), torch.ones(1, 2), 5
+    )
+    torch.testing.assert_close(scores, torch.tensor([[2.0, 0.0]]).sigmoid())
+    assert labels.tolist() == [[0, 0]] and queries.tolist() == [[1, 0]]
+
+
 class Focal(nn.Module):
     focal = True
 
