@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detr_fabric.errors import UserError
+from detr_fabric.evaluate import coco
 from detr_fabric.evaluate.coco import STATS, Backend, Detections, score
+from tests.patching import Patch
 
 BACKENDS: tuple[Backend, ...] = ("pycocotools", "hotcoco")
 GOLDEN = Path(__file__).parents[1] / "golden" / "coco_mini_val_predictions.npz"
@@ -76,6 +78,8 @@ def test_both_libraries_give_the_same_numbers(seed: int) -> None:
     assert list(reference.stats) == list(fast.stats) == list(STATS)
     np.testing.assert_allclose(list(fast.stats.values()), list(reference.stats.values()), rtol=0, atol=1e-12)
     assert fast.per_class.keys() == reference.per_class.keys()
+    if reference.per_class:
+        assert np.mean([*reference.per_class.values()]) == pytest.approx(reference.stats["AP"], rel=0, abs=1e-12)
     for label, ap in reference.per_class.items():
         assert fast.per_class[label] == pytest.approx(ap, rel=0, abs=1e-12)
 
@@ -134,6 +138,12 @@ def test_ground_truth_without_objects_scores_minus_one(backend: Backend) -> None
     scores = score(ground_truth([], images=2, classes=3), ["a", "b"], PERFECT, backend)
     assert set(scores.stats.values()) == {-1.0}
     assert scores.per_class == {}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_library_that_is_asked_for_scores(backend: Backend, patch: Patch) -> None:
+    patch(coco, f"_{backend}", getattr(coco, f"_{backend}"))  # which fails if nothing calls it
+    assert score(TWO_OBJECTS, ["a", "b"], PERFECT, backend).stats["AP"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
