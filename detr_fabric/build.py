@@ -73,7 +73,7 @@ def setup(cfg: Config, preemption: Preemption) -> Run:
         load_model_state(model, checkpoint.content["model"], str(checkpoint.path))
         state = restore_state(checkpoint, cfg, train_set.annotations, train_loader, said)
     position = state.epoch * epoch_steps + state.step_in_epoch  # in steps of this run's size
-    earlier = 0 if train.max_steps else state.step - position  # steps of another size count as they were taken
+    earlier = 0 if train.max_steps else state.step - position  # earlier steps may have had another number of images
     total_steps = planned + earlier
     softmax_steps = max(0, round(cfg.attn.softmax_first * planned) + earlier) if cfg.attn.softmax_first else 0
     if state.step >= total_steps and state.evaluated == state.step:
