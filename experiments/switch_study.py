@@ -2,7 +2,7 @@
 
     python -m detr_fabric.study experiments/switch_study.py
 
-Cost: 5 to 8 minutes a cell on one CPU core, 15 cells. Expected: AP50 0.36 without softmax, 0.95 with 25 and 50 %.
+Cost: 5 to 8 minutes a cell on one CPU core, 15 cells. Measured: AP50 0.26, 0.67, 0.91, 0.95, 0.96.
 """
 
 from dataclasses import replace
