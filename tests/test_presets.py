@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,15 @@ def test_preset_survives_flags_and_json_and_builds(name: str) -> None:
     with torch.device("meta"):
         resolved = config.resolve()
         build_model(resolved.model, resolved.attn, num_classes=80, pretrained=False)
+
+
+def test_the_commands_of_presets_for_coco_take_the_recipes_16_images_a_step() -> None:
+    commands = {name: re.findall(r"--nproc_per_node (\d+)", file.read_text()) for name, file in preset_files().items()}
+    cards = {name: int(found[0]) for name, found in commands.items() if found}
+    assert len(cards) == 12
+    for name, processes in cards.items():
+        train = load_preset(name).train
+        assert processes * train.batch_size * train.accumulate == 16, name
 
 
 def test_every_preset_says_how_to_run_it_and_what_to_expect() -> None:
