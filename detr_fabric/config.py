@@ -220,6 +220,10 @@ class ModelConfig:
         )
         absent = [part for part in self.freeze or () if part.startswith("layer") and part > self.last_stage]
         _require(not absent, f"model.freeze names {absent}, but the backbone ends with {self.last_stage}")
+        parts = set(self.freeze or ())
+        stages = {"stem", *(f"layer{number}" for number in range(1, int(self.last_stage[-1]) + 1))}
+        everything = {"input-proj", "encoder", "decoder", "heads"} <= parts and ("backbone" in parts or stages <= parts)
+        _require(not everything, "model.freeze names every part: leave one to be trained")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from detr_fabric.config import OptimConfig
-from detr_fabric.errors import UserError
 from detr_fabric.model.mappings import is_learned_by_a_mapping
 
 
@@ -24,8 +23,6 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, fused: bool = True) ->
             learned = is_learned_by_a_mapping(name)
             groups["alpha" if learned else "backbone" if "backbone" in name else "transformer"].append(p)
     lr = {"transformer": optim.lr, "backbone": optim.lr_backbone, "alpha": optim.alpha_lr_factor * optim.lr}
-    if not any(groups.values()):
-        raise UserError("model.freeze names every part: leave one to be trained")
     return AdamW(
         [
             {

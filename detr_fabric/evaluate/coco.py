@@ -45,7 +45,7 @@ def score(
 
     ground_truth: images with ids 1..N in the order of image_ids, category ids = label + 1, annotation ids from 1 (both
     libraries read 0 as unmatched), every annotation with bbox (xywh), area and iscrowd.
-    Labels without a category are dropped, as in pycocotools.
+    Of an image that occurs twice the first detections count. Labels without a category are dropped, as in pycocotools.
     Raises UserError for an image that is not in image_ids, and for values that are not finite, which pycocotools
     scores: a model that predicts NaN boxes gets an AP of 0.69.
     """
@@ -56,7 +56,7 @@ def score(
             raise UserError(f"detections of image {found.image_id}: the annotations have no such image")
         if not (found.scores.isfinite().all() and found.boxes.isfinite().all()):
             raise UserError(f"detections of image {found.image_id} are not finite: the model's weights have diverged")
-        by_image[position[found.image_id]] = found
+        by_image.setdefault(position[found.image_id], found)
     rows = rows_of(by_image)
     rows = rows[np.isin(rows[:, 6], [category["id"] for category in ground_truth["categories"]])]
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # both libraries print a table

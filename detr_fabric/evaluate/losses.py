@@ -22,7 +22,7 @@ class ValidationLosses:
     def __init__(self, criterion: SetCriterion) -> None:
         self.criterion = criterion
         self._sums: dict[str, Tensor | float] = {}  # of losses, and of metrics times what they are means of
-        self._num_boxes = self._class_weight_sum = self._matched = self._images = 0.0
+        self._counts = {"num_boxes": 0.0, "class_weight_sum": 0.0, "matched": 0.0, "images": 0.0}
 
     @torch.no_grad()
     def add(self, outputs: DETROutput, targets: list[Target]) -> None:
@@ -41,25 +41,16 @@ class ValidationLosses:
         }
         for name, value in (found.losses | metrics).items():
             self._sums[name] = self._sums.get(name, 0.0) + value.double()
-        num_boxes, class_weight_sum = self.criterion.normalizers(targets, queries)
-        self._num_boxes += num_boxes
-        self._class_weight_sum += class_weight_sum
-        self._matched += matched
-        self._images += len(targets)
+        added = (*self.criterion.normalizers(targets, queries), matched, len(targets))
+        self._counts = {name: count + more for (name, count), more in zip(self._counts.items(), added, strict=True)}
 
     def means(self) -> dict[str, float]:
         """loss (the weighted total), its parts and the metrics, over all ranks; every rank must call."""
         mine = {name: float(value) for name, value in self._sums.items()}
-        counts = {
-            "num_boxes": self._num_boxes,
-            "class_weight_sum": self._class_weight_sum,
-            "matched": self._matched,
-            "images": self._images,
-        }
-        ranks = of_every_rank(mine | counts)
+        ranks = of_every_rank(mine | self._counts)
         names = dict.fromkeys(name for rank in ranks for name in rank)
         total = {name: sum(rank.get(name, 0.0) for rank in ranks) for name in names}
-        num_boxes, class_weight_sum, matched, images = (total.pop(name) for name in counts)
+        num_boxes, class_weight_sum, matched, images = (total.pop(name) for name in self._counts)
         means, loss = {}, 0.0
         for name, value in total.items():
             if name.startswith("loss"):

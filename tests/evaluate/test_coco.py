@@ -141,6 +141,13 @@ def test_ground_truth_without_objects_scores_minus_one(backend: Backend) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_an_image_that_sharding_repeats_counts_once_and_the_first_wins(backend: Backend) -> None:
+    worse = PERFECT[0]._replace(boxes=torch.tensor([[60.0, 60, 70, 70]]), scores=torch.tensor([0.95]))
+    assert score(TWO_OBJECTS, ["a", "b"], [*PERFECT, worse], backend).stats["AP"] == pytest.approx(1.0)
+    assert score(TWO_OBJECTS, ["a", "b"], [worse, *PERFECT], backend).stats["AP"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_library_that_is_asked_for_scores(backend: Backend, patch: Patch) -> None:
     patch(coco, f"_{backend}", getattr(coco, f"_{backend}"))  # which fails if nothing calls it
     assert score(TWO_OBJECTS, ["a", "b"], PERFECT, backend).stats["AP"] == pytest.approx(1.0)

@@ -17,6 +17,7 @@ from detr_fabric.model.backbone import Backbone
 from detr_fabric.model.build import build_model
 from detr_fabric.model.conditional import ConditionalDETR
 from detr_fabric.model.detr import DETR
+from detr_fabric.model.position import SinePosition, sines
 from detr_fabric.model.transformer import Decoder, Encoder
 from tests.model.test_detr import SMALL, noise, vary_statistics
 
@@ -55,6 +56,12 @@ def test_outputs_equal_transformers_on_a_padded_batch(backbone: str) -> None:
             torch.testing.assert_close(ours.pred_logits[layer], theirs.logits, rtol=0, atol=1e-4)
             torch.testing.assert_close(ours.pred_boxes[layer], theirs.pred_boxes, rtol=0, atol=1e-4)
     assert float(ours.pred_boxes.std()) > 1e-2 and float(ours.pred_logits.std()) > 1e-2
+
+
+def test_points_are_encoded_as_the_positions_of_features() -> None:
+    position = SinePosition(32)(torch.zeros(1, 4, 8, dtype=torch.bool))[0]  # (32, 4, 8)
+    points = torch.tensor([[3 / 8, 1 / 4], [1.0, 1.0]])  # x and y: the third column of the first row, and the last cell
+    torch.testing.assert_close(sines(points.flip(-1), 32), torch.stack([position[:, 0, 2], position[:, 3, 7]]))
 
 
 @pytest.mark.parametrize("kind", get_args(CrossMapping))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from detr_fabric.config import AttnConfig, Config, ModelConfig, OptimConfig
+from detr_fabric.config import AttnConfig, Config, ModelConfig, Part
 from detr_fabric.data.formats.categories import Categories
 from detr_fabric.data.formats.coco_classes import COCO_CLASSES
 from detr_fabric.errors import UserError
@@ -326,10 +326,12 @@ def test_a_step_moves_no_frozen_part_and_all_others() -> None:
         for part, prefix in prefixes.items():
             moved = {not torch.equal(before[name], after[name]) for name in before if name.startswith(prefix)}
             assert moved == {False} if part in freeze else True in moved, (freeze, part)
-    for backbone in (("backbone",), ("stem", "layer1")):
-        everything = small_detr(freeze=(*backbone, "input-proj", "encoder", "decoder", "heads"))
-        with pytest.raises(UserError, match="names every part: leave one to be trained"):
-            build_optimizer(everything, OptimConfig())
+    with pytest.raises(ValueError, match="names every part"):
+        ModelConfig(freeze=("backbone", "input-proj", "encoder", "decoder", "heads"))
+    stages: tuple[Part, ...] = ("stem", "layer1", "layer2")
+    with pytest.raises(ValueError, match="names every part"):
+        ModelConfig(last_stage="layer2", freeze=(*stages, "input-proj", "encoder", "decoder", "heads"))
+    ModelConfig(last_stage="layer3", freeze=(*stages, "input-proj", "encoder", "decoder", "heads"))  # layer3 is trained
 
 
 @pytest.mark.process
